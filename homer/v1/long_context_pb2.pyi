@@ -1,0 +1,236 @@
+from homer.v1 import sampling_pb2 as _sampling_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class TextPrompt(_message.Message):
+    __slots__ = ("prefix", "context", "suffix")
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    SUFFIX_FIELD_NUMBER: _ClassVar[int]
+    prefix: str
+    context: str
+    suffix: str
+    def __init__(self, prefix: _Optional[str] = ..., context: _Optional[str] = ..., suffix: _Optional[str] = ...) -> None: ...
+
+class TokenPrompt(_message.Message):
+    __slots__ = ("prefix_ids", "context_ids", "suffix_ids")
+    PREFIX_IDS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_IDS_FIELD_NUMBER: _ClassVar[int]
+    SUFFIX_IDS_FIELD_NUMBER: _ClassVar[int]
+    prefix_ids: _containers.RepeatedScalarFieldContainer[int]
+    context_ids: _containers.RepeatedScalarFieldContainer[int]
+    suffix_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, prefix_ids: _Optional[_Iterable[int]] = ..., context_ids: _Optional[_Iterable[int]] = ..., suffix_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CompressionOptions(_message.Message):
+    __slots__ = ("max_chunk_len", "target_len", "warmup_layers", "max_initial_chunk_len", "fan_in", "refresh_suffix")
+    MAX_CHUNK_LEN_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LEN_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_INITIAL_CHUNK_LEN_FIELD_NUMBER: _ClassVar[int]
+    FAN_IN_FIELD_NUMBER: _ClassVar[int]
+    REFRESH_SUFFIX_FIELD_NUMBER: _ClassVar[int]
+    max_chunk_len: int
+    target_len: int
+    warmup_layers: int
+    max_initial_chunk_len: int
+    fan_in: int
+    refresh_suffix: bool
+    def __init__(self, max_chunk_len: _Optional[int] = ..., target_len: _Optional[int] = ..., warmup_layers: _Optional[int] = ..., max_initial_chunk_len: _Optional[int] = ..., fan_in: _Optional[int] = ..., refresh_suffix: _Optional[bool] = ...) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("request_id", "text", "tokens", "sampling", "compression", "return_kept_indices")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    RETURN_KEPT_INDICES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    text: TextPrompt
+    tokens: TokenPrompt
+    sampling: _sampling_pb2.SamplingParams
+    compression: CompressionOptions
+    return_kept_indices: bool
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[_Union[TextPrompt, _Mapping]] = ..., tokens: _Optional[_Union[TokenPrompt, _Mapping]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., compression: _Optional[_Union[CompressionOptions, _Mapping]] = ..., return_kept_indices: _Optional[bool] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("accepted", "progress", "token", "summary")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    accepted: Accepted
+    progress: Progress
+    token: Token
+    summary: Summary
+    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ...) -> None: ...
+
+class Accepted(_message.Message):
+    __slots__ = ("request_id", "prompt_tokens", "leaves", "levels", "merges", "subtrees")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_FIELD_NUMBER: _ClassVar[int]
+    LEVELS_FIELD_NUMBER: _ClassVar[int]
+    MERGES_FIELD_NUMBER: _ClassVar[int]
+    SUBTREES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    prompt_tokens: int
+    leaves: int
+    levels: int
+    merges: int
+    subtrees: int
+    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., levels: _Optional[int] = ..., merges: _Optional[int] = ..., subtrees: _Optional[int] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("kind", "height", "index", "worker", "leaves_done", "leaves_total", "merges_done", "merges_total", "context_tokens_in", "context_tokens_out", "seconds")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[Progress.Kind]
+        KIND_LEAF: _ClassVar[Progress.Kind]
+        KIND_MERGE: _ClassVar[Progress.Kind]
+        KIND_GATHER: _ClassVar[Progress.Kind]
+    KIND_UNSPECIFIED: Progress.Kind
+    KIND_LEAF: Progress.Kind
+    KIND_MERGE: Progress.Kind
+    KIND_GATHER: Progress.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_DONE_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    MERGES_DONE_FIELD_NUMBER: _ClassVar[int]
+    MERGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_IN_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_OUT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    kind: Progress.Kind
+    height: int
+    index: int
+    worker: str
+    leaves_done: int
+    leaves_total: int
+    merges_done: int
+    merges_total: int
+    context_tokens_in: int
+    context_tokens_out: int
+    seconds: float
+    def __init__(self, kind: _Optional[_Union[Progress.Kind, str]] = ..., height: _Optional[int] = ..., index: _Optional[int] = ..., worker: _Optional[str] = ..., leaves_done: _Optional[int] = ..., leaves_total: _Optional[int] = ..., merges_done: _Optional[int] = ..., merges_total: _Optional[int] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Token(_message.Message):
+    __slots__ = ("token_id", "text")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    text: str
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+
+class StageSeconds(_message.Message):
+    __slots__ = ("queue", "leaves", "merges", "gather", "time_to_first_token", "decode", "total")
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_FIELD_NUMBER: _ClassVar[int]
+    MERGES_FIELD_NUMBER: _ClassVar[int]
+    GATHER_FIELD_NUMBER: _ClassVar[int]
+    TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    queue: float
+    leaves: float
+    merges: float
+    gather: float
+    time_to_first_token: float
+    decode: float
+    total: float
+    def __init__(self, queue: _Optional[float] = ..., leaves: _Optional[float] = ..., merges: _Optional[float] = ..., gather: _Optional[float] = ..., time_to_first_token: _Optional[float] = ..., decode: _Optional[float] = ..., total: _Optional[float] = ...) -> None: ...
+
+class Summary(_message.Message):
+    __slots__ = ("request_id", "prompt_tokens", "leaves", "kept_tokens", "generated_tokens", "finish_reason", "seconds", "moved_bytes", "kept_context_indices", "token_ids", "text", "nodes_by_worker")
+    class NodesByWorkerEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_CONTEXT_INDICES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    NODES_BY_WORKER_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    prompt_tokens: int
+    leaves: int
+    kept_tokens: int
+    generated_tokens: int
+    finish_reason: _sampling_pb2.FinishReason
+    seconds: StageSeconds
+    moved_bytes: int
+    kept_context_indices: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    text: str
+    nodes_by_worker: _containers.ScalarMap[str, int]
+    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., seconds: _Optional[_Union[StageSeconds, _Mapping]] = ..., moved_bytes: _Optional[int] = ..., kept_context_indices: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., nodes_by_worker: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ServerWorker(_message.Message):
+    __slots__ = ("name", "address", "device", "ready", "requests", "state_bytes", "kv_shard_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_SHARD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    address: str
+    device: str
+    ready: bool
+    requests: int
+    state_bytes: int
+    kv_shard_bytes: int
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., ready: _Optional[bool] = ..., requests: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ...) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("model", "homer_version", "num_layers", "model_window", "max_context_tokens", "max_chunk_len", "target_len", "warmup_layers", "calibrated", "workers", "running_requests", "queued_requests")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    HOMER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_WINDOW_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_LEN_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LEN_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATED_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    homer_version: str
+    num_layers: int
+    model_window: int
+    max_context_tokens: int
+    max_chunk_len: int
+    target_len: int
+    warmup_layers: int
+    calibrated: bool
+    workers: _containers.RepeatedCompositeFieldContainer[ServerWorker]
+    running_requests: int
+    queued_requests: int
+    def __init__(self, model: _Optional[str] = ..., homer_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., model_window: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_chunk_len: _Optional[int] = ..., target_len: _Optional[int] = ..., warmup_layers: _Optional[int] = ..., calibrated: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[ServerWorker, _Mapping]]] = ..., running_requests: _Optional[int] = ..., queued_requests: _Optional[int] = ...) -> None: ...
