@@ -97,20 +97,22 @@ class MergeRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[RequestSpec, _Mapping]] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., children: _Optional[_Iterable[_Union[NodeLocation, _Mapping]]] = ...) -> None: ...
 
 class MergeResponse(_message.Message):
-    __slots__ = ("node", "context_tokens_in", "context_tokens_out", "compute_seconds", "transfer_seconds", "received_bytes")
+    __slots__ = ("node", "context_tokens_in", "context_tokens_out", "compute_seconds", "transfer_seconds", "received_bytes", "context_indices")
     NODE_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_IN_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_OUT_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_INDICES_FIELD_NUMBER: _ClassVar[int]
     node: NodeId
     context_tokens_in: int
     context_tokens_out: int
     compute_seconds: float
     transfer_seconds: float
     received_bytes: int
-    def __init__(self, node: _Optional[_Union[NodeId, _Mapping]] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., transfer_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ...) -> None: ...
+    context_indices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, node: _Optional[_Union[NodeId, _Mapping]] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., transfer_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ..., context_indices: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FetchStateRequest(_message.Message):
     __slots__ = ("request_id", "node", "attempt")
