@@ -1,0 +1,47 @@
+# Everything here runs in .venv, which `make setup` makes in the checkout (Python 3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint format proto train-demo
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv with everything in it; done once
+
+# torch goes first and alone, so that the build that fits this machine is found before anything else
+# asks for it. Bytecode is made once here: where writing it is switched off, every process that starts
+# would compile again. Some packages ship files for other Pythons, which is no failure.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Homer needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}; name another: make setup PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	-@$(BIN)/python -m compileall -qq -j 0 .venv/lib
+	@touch $@
+
+demo: setup ## ask a question about a long document on a local cluster of two CPU workers
+	@$(BIN)/python -m cluster.demo
+
+test: setup ## run the tests
+	@$(BIN)/python -m pytest
+
+bench: setup ## measure speed, memory, transfer and answers; prints tables and writes plots to out/
+	@$(BIN)/homer bench all
+
+lint: setup ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## put the code into the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: setup ## generate homer/v1/ from proto/
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/homer/v1/*.proto
+
+train-demo: setup ## train the demo model from nothing, in under an hour on two cores
+	@$(BIN)/python -m homer.demo.train
