@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["CompressedContext", "HomerConfig", "HomerError", "HomerModel", "MergePlan", "__version__"]
+__all__ = [
+    "CompressedContext",
+    "HomerConfig",
+    "HomerError",
+    "HomerModel",
+    "MergePlan",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -61,7 +61,9 @@ class HomerConfig:
                 f"max_initial_chunk_len is {self.max_initial_chunk_len}; set it to 2 or more, or leave it out"
             )
         if self.fan_in is not None and (self.fan_in < 2 or self.fan_in & (self.fan_in - 1)):
-            raise ConfigError(f"fan_in is {self.fan_in}; set it to a power of two (2, 4, 8, …) or leave it out")
+            raise ConfigError(
+                f"fan_in is {self.fan_in}; set it to a power of two (2, 4, 8, …) or leave it out"
+            )
 
     @classmethod
     def paper(cls, **settings: Any) -> HomerConfig:

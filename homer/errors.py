@@ -33,3 +33,7 @@ class ModelError(HomerError):
 
 class StateError(HomerError, RuntimeError):
     """States or KV rows that should be there are missing or do not fit together."""
+
+
+class Cancelled(HomerError):
+    """The caller asked to stop. Not a fault."""

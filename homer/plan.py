@@ -210,7 +210,9 @@ def _check_lengths(
     prefix_len: int, context_len: int, suffix_len: int, num_layers: int, config: HomerConfig
 ) -> None:
     if prefix_len < 0 or num_layers < 1:
-        raise PlanError(f"prefix_len is {prefix_len} and num_layers is {num_layers}; use 0 and 1 or more")
+        raise PlanError(
+            f"prefix_len is {prefix_len} and num_layers is {num_layers}; use 0 and 1 or more"
+        )
     if context_len < 1:
         raise PlanError("the context is empty; give a document of one token or more")
     if suffix_len < 1:
@@ -252,7 +254,9 @@ def _choose_fan_in(num_leaves: int, num_layers: int, room: int, config: HomerCon
     if num_leaves == 1:
         return config.fan_in or 2
     merge_layers = num_layers - config.warmup_layers
-    candidates = [config.fan_in] if config.fan_in else [2**i for i in range(1, num_leaves.bit_length())]
+    candidates = (
+        [config.fan_in] if config.fan_in else [2**i for i in range(1, num_leaves.bit_length())]
+    )
     for fan_in in candidates:
         if fan_in > room:
             raise PlanError(
@@ -303,11 +307,15 @@ def _target_lens(
     for level in range(height, 0, -1):
         width = fan_in ** (level - 1)
         for index in range(math.ceil(len(spans) / (width * fan_in))):
-            firsts = range(index * width * fan_in, min((index + 1) * width * fan_in, len(spans)), width)
+            firsts = range(
+                index * width * fan_in, min((index + 1) * width * fan_in, len(spans)), width
+            )
             if len(firsts) == 2:
                 shares = _paper_shares(room, leaf_lens[firsts[1]])
             else:
-                shares = _even_shares(room, [sum(leaf_lens[first : first + width]) for first in firsts])
+                shares = _even_shares(
+                    room, [sum(leaf_lens[first : first + width]) for first in firsts]
+                )
             for number, share in enumerate(shares):
                 targets[NodeId(level - 1, index * fan_in + number)] = affix_len + share
     return targets

@@ -1,0 +1,147 @@
+"""The whole method in one process: compress a prompt, generate from it, score a continuation.
+
+Knows nothing about machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from homer.bias import find_bias, load_bias
+from homer.config import HomerConfig
+from homer.context import CompressedContext
+from homer.encode import NodeReport, TreeEncoder
+from homer.errors import BiasError, PromptError
+from homer.generation import forward, generate_tokens
+from homer.loading import homer_defaults, load_model
+from homer.plan import MergePlan
+from homer.sampling import SamplingParams
+from homer.stack import LayerStack
+
+
+class HomerModel:
+    """A causal LM with hierarchical context merging.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A decoder-only causal LM.
+    config : HomerConfig
+    bias : torch.Tensor of shape (num_layers, max_distance + 1), optional
+        Calibration bias. None means zeros: it works, and keeps somewhat worse tokens.
+
+    Raises
+    ------
+    BiasError
+        When the bias does not fit the model.
+    ModelError
+        When Homer cannot drive the model.
+
+    Examples
+    --------
+    >>> hm = HomerModel.from_pretrained("path/to/model")                    # doctest: +SKIP
+    >>> context = hm.compress(prefix_ids, context_ids, suffix_ids)          # doctest: +SKIP
+    >>> answer_ids = hm.generate(context, max_new_tokens=64)                # doctest: +SKIP
+    """
+
+    def __init__(self, model: Any, config: HomerConfig, bias: torch.Tensor | None = None) -> None:
+        self.model = model
+        self.config = config
+        self.stack = LayerStack(model)
+        if bias is not None and (bias.dim() != 2 or bias.shape[0] != self.stack.num_layers):
+            raise BiasError(
+                f"the bias has shape {tuple(bias.shape)}, but the model has {self.stack.num_layers} layers and "
+                f"needs ({self.stack.num_layers}, distances); calibrate it for this model"
+            )
+        self.bias = None if bias is None else bias.to(self.stack.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        config: HomerConfig | None = None,
+        bias: torch.Tensor | str | Path | None = None,
+        **kwargs: Any,
+    ) -> HomerModel:
+        """Load a model in Hugging Face format.
+
+        Without `config`, the settings beside the model or derived from its window are used; without `bias`, the
+        bias file beside the model if there is one. `kwargs` go to `homer.loading.load_model`, and from there
+        to transformers.
+        """
+        model = load_model(path_or_id, **kwargs)
+        if bias is None:
+            bias = find_bias(path_or_id)
+        if isinstance(bias, (str, Path)):
+            bias = load_bias(
+                bias,
+                num_layers=model.config.num_hidden_layers,
+                hidden_size=model.config.hidden_size,
+            )
+        return cls(model, config or homer_defaults(path_or_id), bias)
+
+    def plan(self, prefix_len: int, context_len: int, suffix_len: int) -> MergePlan:
+        """The merge plan for a prompt of these lengths."""
+        return MergePlan.build(
+            prefix_len, context_len, suffix_len, self.stack.num_layers, self.config
+        )
+
+    def compress(
+        self,
+        prefix_ids: torch.Tensor,
+        context_ids: torch.Tensor,
+        suffix_ids: torch.Tensor,
+        on_node: Callable[[NodeReport], None] | None = None,
+    ) -> CompressedContext:
+        """Compress prefix + context + suffix into one cache of at most `target_len` tokens.
+
+        Parameters
+        ----------
+        prefix_ids, context_ids, suffix_ids : torch.Tensor of shape (n,) or (1, n), integer
+            The suffix is the question: its last token decides what is kept. The prefix may be empty.
+        on_node : callable, optional
+            Called after each node of the tree.
+
+        Raises
+        ------
+        PromptError, PlanError, BiasError
+            With what to change.
+        """
+        prefix_ids = self.stack.check_ids("prefix_ids", prefix_ids)
+        context_ids = self.stack.check_ids("context_ids", context_ids)
+        suffix_ids = self.stack.check_ids("suffix_ids", suffix_ids)
+        plan = self.plan(len(prefix_ids), len(context_ids), len(suffix_ids))
+        encoder = TreeEncoder(self.stack, plan, prefix_ids, suffix_ids, self.bias)
+        return encoder.finish(encoder.run_subtree(plan.root.id, context_ids, on_node))
+
+    def stream(self, context: CompressedContext, **sampling: Any) -> Iterator[int]:
+        """Token ids one by one, by the fields of `SamplingParams`."""
+        return generate_tokens(self.model, context, SamplingParams(**sampling))
+
+    def generate(
+        self, context: CompressedContext, max_new_tokens: int = 256, **sampling: Any
+    ) -> torch.Tensor:
+        """Token ids of an answer, shape (new,); an end-of-sequence token is left out.
+
+        `sampling` are the fields of `SamplingParams`; the default is greedy.
+        """
+        tokens = list(self.stream(context, max_new_tokens=max_new_tokens, **sampling))
+        return torch.tensor(tokens, dtype=torch.int64, device=self.stack.device)
+
+    def score(self, context: CompressedContext, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of a continuation: row i predicts `ids[i]`. Shape (len(ids), vocab), float32.
+
+        For perplexity: the mean of `cross_entropy(score(context, ids), ids)`.
+        """
+        ids = self.stack.check_ids("ids", ids)
+        if not len(ids):
+            raise PromptError("the continuation is empty; give one token or more")
+        if len(ids) == 1:
+            return context.logits[None]
+        cache = context.past_key_values
+        rest = forward(self.model, ids[:-1].tolist(), context.next_position, cache)
+        return torch.cat((context.logits[None], rest))

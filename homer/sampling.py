@@ -1,0 +1,85 @@
+"""How the next token is chosen. Knows nothing about models, caches or merging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from homer.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling settings by their usual names; the defaults are greedy decoding.
+
+    `repetition_penalty` counts generated tokens, not the prompt.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        problems = {
+            "max_new_tokens must be 1 or more": self.max_new_tokens >= 1,
+            "temperature must be 0 (greedy) or more": self.temperature >= 0,
+            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
+            "top_k must be 0 (off) or more": self.top_k >= 0,
+            "min_p must be from 0 (off) to 1": 0 <= self.min_p <= 1,
+            "repetition_penalty must be above 0": self.repetition_penalty > 0,
+        }
+        for message, holds in problems.items():
+            if not holds:
+                raise ConfigError(f"{message}; got {getattr(self, message.split()[0])}")
+
+
+class TokenSampler:
+    """Chooses tokens by `params`, one sequence each; the same seed gives the same choices."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self.generated: list[int] = []
+        self._processors = LogitsProcessorList()
+        if params.repetition_penalty != 1.0:
+            self._processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+        self._generator: torch.Generator | None = None
+        if params.temperature > 0:
+            self._processors.append(TemperatureLogitsWarper(float(params.temperature)))
+            if params.top_k > 0:
+                self._processors.append(TopKLogitsWarper(params.top_k))
+            if params.top_p < 1:
+                self._processors.append(TopPLogitsWarper(params.top_p))
+            if params.min_p > 0:
+                self._processors.append(MinPLogitsWarper(params.min_p))
+            self._generator = torch.Generator()
+            if params.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(params.seed)
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """The next token id, from `logits` of shape (vocab,)."""
+        # On the CPU, so that a seed means the same on every device.
+        scores = logits.detach().float().cpu()[None]
+        scores = self._processors(torch.tensor([self.generated], dtype=torch.int64), scores)
+        if self._generator is None:
+            token = int(scores[0].argmax())
+        else:
+            probabilities = torch.softmax(scores[0], dim=-1)
+            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+        self.generated.append(token)
+        return token
