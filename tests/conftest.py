@@ -1,0 +1,17 @@
+"""Settings that every test shares."""
+
+from __future__ import annotations
+
+import os
+
+# No test reaches for a model hub or reports usage, and a small model gains nothing from many threads.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import settings
+
+# The machine may be busy, so no example has a deadline; the same examples are drawn each time, so that
+# a red test is red for everybody.
+settings.register_profile("homer", deadline=None, derandomize=True, database=None)
+settings.load_profile("homer")
