@@ -55,7 +55,9 @@ def test_golden_tree_is_the_authors(name: str) -> None:
 def test_more_levels_than_merging_layers_widens_the_fan_in() -> None:
     golden = GoldenCase.load("a_lpc0")
     plan = golden.plan
-    assert golden.case["num_retained_tokens"] > golden.case["target_len"], "what the authors' code does"
+    assert golden.case["num_retained_tokens"] > golden.case["target_len"], (
+        "what the authors' code does"
+    )
     assert plan.fan_in == 4
     assert all(node.layer_end > node.layer_start for node in plan.nodes)
     assert plan.kept_len <= golden.case["target_len"]
@@ -128,8 +130,8 @@ def test_impossible_lengths_are_refused_with_the_setting_to_change(name: str) ->
         ({"target_len": 0}, "target_len is 0; set it to 1 or more"),
         ({"warmup_layers": -1}, "warmup_layers is -1; set it to 0 or more"),
         ({"max_initial_chunk_len": 1}, "max_initial_chunk_len is 1"),
-        ({"fan_in": 3}, "fan_in is 3; set it to a power of two"),
-        ({"fan_in": 1}, "fan_in is 1; set it to a power of two"),
+        ({"plan": "tidy"}, "plan is 'tidy'; set it to one of"),
+        ({"fan_in": 1}, "fan_in is 1; set it to 2 or more"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, int], message: str) -> None:
@@ -146,21 +148,37 @@ def test_a_fan_in_too_wide_for_the_chunk_is_refused() -> None:
 
 def test_a_fan_in_too_narrow_for_the_layers_is_refused() -> None:
     config = HomerConfig(max_chunk_len=64, target_len=64, warmup_layers=0, fan_in=2)
-    with pytest.raises(PlanError, match="32 leaves with a fan-in of 2 make 6 levels.*leave fan_in out"):
+    with pytest.raises(
+        PlanError, match="30 leaves with a fan-in of 2 make 6 levels.*leave fan_in out"
+    ):
         MergePlan.build(2, 1800, 2, 4, config)
 
 
-def test_paper_mode_differs_from_the_default_in_the_suffix_alone() -> None:
+def test_paper_mode_differs_from_the_default_in_the_plan_and_the_suffix_alone() -> None:
     settings = {"max_chunk_len": 64, "target_len": 64, "warmup_layers": 2}
     default, paper = HomerConfig(**settings), HomerConfig.paper(**settings)
-    assert default.replace(refresh_suffix=False) == paper
-    ours, theirs = (MergePlan.build(2, 500, 3, 8, config) for config in (default, paper))
+    assert default.replace(plan="paper", refresh_suffix=False) == paper
+    # Eight full chunks: the two plans are one.
+    ours, theirs = (MergePlan.build(2, 8 * 59, 3, 8, config) for config in (default, paper))
     assert ours.nodes == theirs.nodes
     assert (ours.refreshes_suffix, theirs.refreshes_suffix) == (True, False)
 
 
+def test_a_balanced_plan_takes_no_more_leaves_than_the_context_needs() -> None:
+    settings = {"max_chunk_len": 64, "target_len": 64, "warmup_layers": 2}
+    lengths = (2, 8 * 59 + 1, 3, 12)
+    ours = MergePlan.build(*lengths, HomerConfig(**settings))
+    theirs = MergePlan.build(*lengths, HomerConfig.paper(**settings))
+    assert (len(ours.leaves), len(theirs.leaves)) == (9, 16)
+    assert max(leaf.context_in for leaf in ours.leaves) <= 59
+    assert {leaf.context_in for leaf in ours.leaves} == {52, 53}
+    check_plan(ours)
+
+
 def test_a_prompt_that_fits_is_one_leaf_with_every_layer_and_no_refresh() -> None:
-    plan = MergePlan.build(2, 59, 3, 8, HomerConfig(max_chunk_len=64, target_len=64, warmup_layers=2))
+    plan = MergePlan.build(
+        2, 59, 3, 8, HomerConfig(max_chunk_len=64, target_len=64, warmup_layers=2)
+    )
     assert plan.nodes == plan.leaves == (plan.root,)
     assert (plan.root.layer_start, plan.root.layer_end) == (0, 8)
     assert plan.kept_len == plan.next_position == 64
@@ -204,7 +222,7 @@ def check_plan(plan: MergePlan) -> None:
             assert node.context_in == node.context_end - node.context_start
         else:
             children = [plan.by_id[child] for child in node.children]
-            assert 2 <= len(children) <= plan.fan_in
+            assert 1 <= len(children) <= plan.fan_in
             assert all(plan.parents[child.id] == node.id for child in children)
             assert node.context_start == children[0].context_start
             assert node.context_end == children[-1].context_end
@@ -245,7 +263,8 @@ def plan_inputs(draw: st.DrawFn) -> tuple[int, int, int, int, HomerConfig]:
         target_len=affix_len + draw(st.integers(0, 150)),
         warmup_layers=draw(st.integers(0, num_layers - 1)),
         max_initial_chunk_len=draw(st.none() | st.integers(1, 100).map(lambda n: n + affix_len)),
-        fan_in=draw(st.sampled_from([None, None, 2, 4, 8])),
+        plan=draw(st.sampled_from(["balanced", "paper"])),
+        fan_in=draw(st.sampled_from([None, None, 2, 3, 4, 8])),
     )
     return prefix_len, draw(st.integers(1, 5000)), suffix_len, num_layers, config
 
@@ -304,4 +323,7 @@ def test_a_subtree_is_a_node_and_all_below_it(
     subtree = plan.subtree(node.id)
     assert [n.id for n in subtree] == [n.id for n in plan.nodes if n.id in below]
     leaves = [n for n in subtree if n.is_leaf]
-    assert (leaves[0].context_start, leaves[-1].context_end) == (node.context_start, node.context_end)
+    assert (leaves[0].context_start, leaves[-1].context_end) == (
+        node.context_start,
+        node.context_end,
+    )
