@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).parent / "golden"
 
 DEVIATING = ("a_lpc0", "a_warmup_all")
-"""Cases that record how the authors' code ignores the target in silence; we do better on purpose."""
+"""Cases in which the authors' code ignores the target in silence; we do better on purpose."""
 
 
 @dataclass(frozen=True)
