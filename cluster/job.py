@@ -1,0 +1,200 @@
+"""The nouns of scheduling: a job, its events, what a worker can do and what it answers.
+
+Plain dataclasses and a protocol, so that the scheduler runs against real workers, fakes and
+simulated ones alike. Knows nothing about Ray, gRPC or tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from homer.plan import MergePlan, NodeId
+
+Stop = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Sampling settings as they travel; they mean what `homer.sampling.SamplingParams` says."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request: a plan and the token ids that it is for."""
+
+    request_id: str
+    plan: MergePlan
+    prefix_ids: Sequence[int]
+    context_ids: Sequence[int]
+    suffix_ids: Sequence[int]
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class NodeDone:
+    """A worker finished a node of a subtree."""
+
+    node: NodeId
+    context_in: int
+    context_out: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MergeDone(NodeDone):
+    """A worker finished a merge; `context_indices` are the survivors, ascending."""
+
+    transfer_seconds: float
+    received_bytes: int
+    context_indices: Sequence[int]
+
+
+@dataclass(frozen=True)
+class CacheReady:
+    """The root worker has gathered the final cache."""
+
+    cache_tokens: int
+    gather_seconds: float
+    refresh_seconds: float
+    received_bytes: int
+    context_indices: Sequence[int]
+
+
+@dataclass(frozen=True)
+class TokenOut:
+    """One generated token."""
+
+    token_id: int
+
+
+@dataclass(frozen=True)
+class GenerateDone:
+    """The answer is complete."""
+
+    generated_tokens: int
+    finish_reason: Stop
+    decode_seconds: float
+
+
+GenerateEvent = CacheReady | TokenOut | GenerateDone
+
+
+@dataclass(frozen=True)
+class JobProgress:
+    """A node of a job is done, and where the job stands."""
+
+    done: NodeDone
+    worker: str
+    leaves_done: int
+    leaves_total: int
+    merges_done: int
+    merges_total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSeconds:
+    """Wall-clock seconds of each stage, one after the other.
+
+    `leaves` ends with the last leaf, `merges` with the root, `gather` with the complete cache;
+    `time_to_first_token` counts from submission.
+    """
+
+    queue: float
+    leaves: float
+    merges: float
+    gather: float
+    time_to_first_token: float
+    decode: float
+    total: float
+
+
+@dataclass(frozen=True)
+class JobSummary:
+    """The last event of a job."""
+
+    generated_tokens: int
+    finish_reason: Stop
+    kept_tokens: int
+    context_indices: Sequence[int]
+    seconds: StageSeconds
+    moved_bytes: int
+    nodes_by_worker: dict[str, int]
+
+
+JobEvent = JobProgress | CacheReady | TokenOut | JobSummary
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """What a worker is."""
+
+    model: str
+    model_type: str
+    num_layers: int
+    vocab_size: int
+    max_position_embeddings: int
+    device: str
+    dtype: str
+    calibrated: bool
+    max_distance: int
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """What a worker holds now."""
+
+    requests: int
+    node_states: int
+    kv_shards: int
+    state_bytes: int
+    kv_shard_bytes: int
+    running_calls: int
+
+
+class WorkerClient(Protocol):
+    """One worker, as the scheduler sees it.
+
+    Calls raise `WorkerLostError` when the worker is gone, `WorkerCallError` for a fault of the
+    worker, and `PromptError` for a mistake in the request. Cancelling a call stops its work.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def address(self) -> str: ...
+
+    async def info(self) -> WorkerInfo: ...
+
+    async def stats(self) -> WorkerStats: ...
+
+    def run_subtree(self, job: Job, node: NodeId, attempt: int) -> AsyncIterator[NodeDone]: ...
+
+    async def merge(
+        self, job: Job, node: NodeId, attempt: int, children: Sequence[tuple[NodeId, str]]
+    ) -> MergeDone:
+        """Merge `children`, each with the address of its worker, empty for this one."""
+        ...
+
+    async def prune(
+        self, job: Job, node: NodeId, attempt: int, context_indices: Sequence[int]
+    ) -> None: ...
+
+    def generate(
+        self, job: Job, attempt: int, shard_addresses: Sequence[str]
+    ) -> AsyncIterator[GenerateEvent]: ...
+
+    async def release(self, request_id: str) -> None: ...
+
+    async def close(self) -> None: ...

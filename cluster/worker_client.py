@@ -1,0 +1,227 @@
+"""`WorkerClient` over gRPC: one channel to one worker, and the translation to and from `homer.v1`.
+
+Knows nothing about scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+
+import grpc
+
+from cluster.errors import WorkerCallError, WorkerLostError
+from cluster.job import (
+    CacheReady,
+    GenerateDone,
+    GenerateEvent,
+    Job,
+    MergeDone,
+    NodeDone,
+    Sampling,
+    TokenOut,
+    WorkerInfo,
+    WorkerStats,
+)
+from homer.errors import PromptError
+from homer.plan import MergePlan, NodeId
+from homer.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
+from workers.transport import CHANNEL_OPTIONS
+
+INFO_TIMEOUT_SECONDS = 10.0
+
+_LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+
+
+class GrpcWorkerClient:
+    """Calls the worker at `address` ("host:port"). Make it inside the event loop that uses it."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = worker_pb2_grpc.WorkerStub(self._channel)
+
+    async def info(self) -> WorkerInfo:
+        with self._errors():
+            info = await self._stub.GetWorkerInfo(
+                worker_pb2.GetWorkerInfoRequest(), timeout=INFO_TIMEOUT_SECONDS
+            )
+        return WorkerInfo(
+            model=info.model,
+            model_type=info.model_type,
+            num_layers=info.num_layers,
+            vocab_size=info.vocab_size,
+            max_position_embeddings=info.max_position_embeddings,
+            device=info.device,
+            dtype=info.dtype,
+            calibrated=info.calibrated,
+            max_distance=info.max_distance,
+        )
+
+    async def stats(self) -> WorkerStats:
+        with self._errors():
+            stats = await self._stub.GetWorkerStats(
+                worker_pb2.GetWorkerStatsRequest(), timeout=INFO_TIMEOUT_SECONDS
+            )
+        return WorkerStats(
+            requests=stats.requests,
+            node_states=stats.node_states,
+            kv_shards=stats.kv_shards,
+            state_bytes=stats.state_bytes,
+            kv_shard_bytes=stats.kv_shard_bytes,
+            running_calls=stats.running_calls,
+        )
+
+    async def run_subtree(self, job: Job, node: NodeId, attempt: int) -> AsyncIterator[NodeDone]:
+        top = job.plan.by_id[node]
+        request = worker_pb2.RunSubtreeRequest(
+            request=request_spec(job),
+            node=wire_node(node),
+            attempt=attempt,
+            context_ids=job.context_ids[top.context_start : top.context_end],
+        )
+        with self._errors():
+            async for done in self._stub.RunSubtree(request):
+                yield NodeDone(
+                    node=NodeId(done.node.height, done.node.index),
+                    context_in=done.context_tokens_in,
+                    context_out=done.context_tokens_out,
+                    seconds=done.compute_seconds,
+                )
+
+    async def merge(
+        self, job: Job, node: NodeId, attempt: int, children: Sequence[tuple[NodeId, str]]
+    ) -> MergeDone:
+        request = worker_pb2.MergeRequest(
+            request=request_spec(job),
+            node=wire_node(node),
+            attempt=attempt,
+            children=[
+                worker_pb2.NodeLocation(node=wire_node(child), address=address)
+                for child, address in children
+            ],
+        )
+        with self._errors():
+            done = await self._stub.Merge(request)
+        return MergeDone(
+            node=node,
+            context_in=done.context_tokens_in,
+            context_out=done.context_tokens_out,
+            seconds=done.compute_seconds,
+            transfer_seconds=done.transfer_seconds,
+            received_bytes=done.received_bytes,
+            context_indices=done.context_indices,
+        )
+
+    async def prune(
+        self, job: Job, node: NodeId, attempt: int, context_indices: Sequence[int]
+    ) -> None:
+        merged = job.plan.by_id[node]
+        request = worker_pb2.PruneRequest(
+            request_id=job.request_id,
+            node=wire_node(node),
+            attempt=attempt,
+            context_indices=context_indices,
+            context_start=merged.context_start,
+            context_end=merged.context_end,
+        )
+        with self._errors():
+            await self._stub.Prune(request)
+
+    async def generate(
+        self, job: Job, attempt: int, shard_addresses: Sequence[str]
+    ) -> AsyncIterator[GenerateEvent]:
+        request = worker_pb2.GenerateTokensRequest(
+            request=request_spec(job),
+            node=wire_node(job.plan.root.id),
+            attempt=attempt,
+            shard_addresses=shard_addresses,
+            sampling=wire_sampling(job.sampling),
+        )
+        with self._errors():
+            async for event in self._stub.GenerateTokens(request):
+                match event.WhichOneof("event"):
+                    case "cache_ready":
+                        ready = event.cache_ready
+                        yield CacheReady(
+                            cache_tokens=ready.cache_tokens,
+                            gather_seconds=ready.gather_seconds,
+                            refresh_seconds=ready.refresh_seconds,
+                            received_bytes=ready.received_bytes,
+                            context_indices=ready.context_indices,
+                        )
+                    case "token":
+                        yield TokenOut(event.token.token_id)
+                    case "summary":
+                        stopped = event.summary.finish_reason == sampling_pb2.FINISH_REASON_STOP
+                        yield GenerateDone(
+                            generated_tokens=event.summary.generated_tokens,
+                            finish_reason="stop" if stopped else "length",
+                            decode_seconds=event.summary.decode_seconds,
+                        )
+
+    async def release(self, request_id: str) -> None:
+        with self._errors():
+            await self._stub.Release(worker_pb2.ReleaseRequest(request_id=request_id))
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            code, details = error.code(), error.details() or ""
+            if code in _LOST:
+                raise WorkerLostError(
+                    f"worker {self.name} at {self.address} does not answer: {details}"
+                ) from error
+            if code is grpc.StatusCode.INVALID_ARGUMENT:
+                raise PromptError(details) from error
+            raise WorkerCallError(f"worker {self.name}: {details}", code.name) from error
+
+
+def wire_node(node: NodeId) -> worker_pb2.NodeId:
+    return worker_pb2.NodeId(height=node.height, index=node.index)
+
+
+def request_spec(job: Job) -> worker_pb2.RequestSpec:
+    """What every call says about its request."""
+    return worker_pb2.RequestSpec(
+        request_id=job.request_id,
+        plan=plan_spec(job.plan),
+        prefix_ids=job.prefix_ids,
+        suffix_ids=job.suffix_ids,
+    )
+
+
+def plan_spec(plan: MergePlan) -> worker_pb2.PlanSpec:
+    """Everything from which a worker builds the same plan."""
+    config = plan.config
+    return worker_pb2.PlanSpec(
+        prefix_len=plan.prefix_len,
+        context_len=plan.context_len,
+        suffix_len=plan.suffix_len,
+        num_layers=plan.num_layers,
+        max_chunk_len=config.max_chunk_len,
+        target_len=config.target_len,
+        warmup_layers=config.warmup_layers,
+        max_initial_chunk_len=config.max_initial_chunk_len or 0,
+        fan_in=config.fan_in or 0,
+        refresh_suffix=config.refresh_suffix,
+    )
+
+
+def wire_sampling(sampling: Sampling) -> sampling_pb2.SamplingParams:
+    return sampling_pb2.SamplingParams(
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+        ignore_eos=sampling.ignore_eos,
+    )
