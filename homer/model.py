@@ -17,9 +17,10 @@ from homer.context import CompressedContext
 from homer.encode import NodeReport, TreeEncoder
 from homer.errors import BiasError, PromptError
 from homer.generation import forward, generate_tokens
-from homer.loading import homer_defaults, load_model
+from homer.loading import load_model
 from homer.plan import MergePlan
 from homer.sampling import SamplingParams
+from homer.shape import homer_defaults
 from homer.stack import LayerStack
 
 
@@ -54,7 +55,8 @@ class HomerModel:
         self.stack = LayerStack(model)
         if bias is not None and (bias.dim() != 2 or bias.shape[0] != self.stack.num_layers):
             raise BiasError(
-                f"the bias has shape {tuple(bias.shape)}, but the model has {self.stack.num_layers} layers and "
+                f"the bias has shape {tuple(bias.shape)}, but the model has "
+                f"{self.stack.num_layers} layers and "
                 f"needs ({self.stack.num_layers}, distances); calibrate it for this model"
             )
         self.bias = None if bias is None else bias.to(self.stack.device)
@@ -69,9 +71,9 @@ class HomerModel:
     ) -> HomerModel:
         """Load a model in Hugging Face format.
 
-        Without `config`, the settings beside the model or derived from its window are used; without `bias`, the
-        bias file beside the model if there is one. `kwargs` go to `homer.loading.load_model`, and from there
-        to transformers.
+        Without `config`, the settings beside the model or derived from its window are used; without
+        `bias`, the bias file beside the model if there is one. `kwargs` go to
+        `homer.loading.load_model`, and from there to transformers.
         """
         model = load_model(path_or_id, **kwargs)
         if bias is None:
@@ -102,7 +104,8 @@ class HomerModel:
         Parameters
         ----------
         prefix_ids, context_ids, suffix_ids : torch.Tensor of shape (n,) or (1, n), integer
-            The suffix is the question: its last token decides what is kept. The prefix may be empty.
+            The suffix is the question: its last token decides what is kept. The prefix may be
+            empty.
         on_node : callable, optional
             Called after each node of the tree.
 

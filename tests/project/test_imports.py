@@ -50,7 +50,7 @@ def test_imports_point_one_way(package: str) -> None:
 
 
 def test_the_algorithm_does_not_know_the_wire_format() -> None:
-    """`homer.v1` holds generated stubs for `workers` and `cluster`; the rest of `homer` has no use."""
+    """`homer.v1` holds the stubs that `workers` and `cluster` use, and nothing else does."""
     wrong = [
         f"{path.relative_to(ROOT)} imports {module}"
         for path in sources("homer")

@@ -1,0 +1,115 @@
+"""`homer plan`: what a prompt of some length would cost, before anything is loaded.
+
+Needs neither torch nor Ray nor weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from homer.config import HomerConfig
+from homer.errors import ConfigError
+from homer.plan import MergePlan
+from homer.shape import ModelShape, homer_defaults
+
+_MODEL = "Model"
+_DIMENSIONS = "Model dimensions, where no --model is given (defaults: Llama-2-7B)"
+_SETTINGS = "Settings (defaults: the model's own, else half of its window and 3/8 of its layers)"
+
+
+def plan(
+    context_tokens: Annotated[int, typer.Option(help="Tokens of the document.")],
+    prefix_tokens: Annotated[int, typer.Option(help="Tokens before the document.")] = 1,
+    suffix_tokens: Annotated[int, typer.Option(help="Tokens of the question.")] = 32,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or id of a model; only its config is read.", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
+    hidden: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
+    intermediate: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
+    heads: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
+    kv_heads: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
+    vocab: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
+    window: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
+    max_chunk_len: Annotated[int | None, typer.Option(rich_help_panel=_SETTINGS)] = None,
+    target_len: Annotated[int | None, typer.Option(rich_help_panel=_SETTINGS)] = None,
+    warmup_layers: Annotated[int | None, typer.Option(rich_help_panel=_SETTINGS)] = None,
+    max_initial_chunk_len: Annotated[int | None, typer.Option(rich_help_panel=_SETTINGS)] = None,
+    fan_in: Annotated[int | None, typer.Option(rich_help_panel=_SETTINGS)] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The authors' method.", rich_help_panel=_SETTINGS)
+    ] = False,
+    tree: Annotated[bool, typer.Option("--tree", help="Print every node.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Show how a prompt would be cut, merged and pruned, and what that costs."""
+    dimensions = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "vocab_size": vocab,
+        "window": window,
+    }
+    settings = {
+        "max_chunk_len": max_chunk_len,
+        "target_len": target_len,
+        "warmup_layers": warmup_layers,
+        "max_initial_chunk_len": max_initial_chunk_len,
+        "fan_in": fan_in,
+    }
+    shape, config = _resolve(model, _given(dimensions), _given(settings))
+    if paper:
+        config = HomerConfig.paper(**_paper_settings(config))
+    merge_plan = MergePlan.build(
+        prefix_tokens, context_tokens, suffix_tokens, shape.num_layers, config
+    )
+    _show(merge_plan, shape, tree=tree, as_json=as_json)
+
+
+def _given(options: dict[str, int | None]) -> dict[str, int]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _paper_settings(config: HomerConfig) -> dict[str, int | None]:
+    lengths = ("max_chunk_len", "target_len", "warmup_layers", "max_initial_chunk_len", "fan_in")
+    return {name: getattr(config, name) for name in lengths}
+
+
+def _resolve(
+    model: str | None, dimensions: dict[str, int], settings: dict[str, int]
+) -> tuple[ModelShape, HomerConfig]:
+    if model is not None:
+        if dimensions:
+            raise ConfigError("--model gives the dimensions; leave out " + ", ".join(dimensions))
+        return ModelShape.load(model), homer_defaults(model, **settings)
+    shape = ModelShape(**dimensions)
+    if "num_heads" in dimensions and "num_kv_heads" not in dimensions:
+        shape = dataclasses.replace(shape, num_kv_heads=shape.num_heads)
+    shape = dataclasses.replace(shape, head_dim=max(1, shape.hidden_size // shape.num_heads))
+    return shape, shape.recommended_config(**settings)
+
+
+def _show(plan: MergePlan, shape: ModelShape, *, tree: bool, as_json: bool) -> None:
+    from rich.console import Console
+
+    from homer.cost import PlanCost
+    from homer.report import plan_facts, plan_summary, plan_table, plan_tree
+
+    cost = PlanCost.of(plan, shape)
+    if as_json:
+        typer.echo(json.dumps(plan_summary(plan, cost)))
+        return
+    console = Console()
+    console.print(plan_facts(plan, cost))
+    console.print(plan_table(plan, cost))
+    if tree:
+        console.print(plan_tree(plan, shape), crop=False)
