@@ -1,0 +1,80 @@
+"""The errors of a worker, and which gRPC status each error means.
+
+Knows nothing about what a worker computes.
+"""
+
+from __future__ import annotations
+
+import grpc
+
+from homer.errors import (
+    BiasError,
+    ConfigError,
+    HomerError,
+    ModelError,
+    PlanError,
+    PromptError,
+    StateError,
+)
+
+
+class TensorStreamError(HomerError):
+    """A tensor stream is damaged, cut short, or not what was asked for."""
+
+
+class TensorLimitError(TensorStreamError):
+    """A tensor stream announces more than its receiver accepts."""
+
+
+class UnknownStateError(HomerError, LookupError):
+    """The worker holds nothing for this request or node."""
+
+
+class StaleCallError(HomerError):
+    """A newer attempt of this call is known, or its request was released."""
+
+
+class NotReadyError(HomerError):
+    """The worker is loading or draining and takes no new work."""
+
+
+class PeerError(HomerError):
+    """Another worker could not give what this one needs from it.
+
+    Parameters
+    ----------
+    code : grpc.StatusCode
+        The status that the peer answered, passed on to the caller.
+    """
+
+    def __init__(self, message: str, code: grpc.StatusCode) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+_CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
+    (UnknownStateError, grpc.StatusCode.NOT_FOUND),
+    (StaleCallError, grpc.StatusCode.ABORTED),
+    (NotReadyError, grpc.StatusCode.UNAVAILABLE),
+    (TensorLimitError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (TensorStreamError, grpc.StatusCode.DATA_LOSS),
+    (ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
+    (PlanError, grpc.StatusCode.INVALID_ARGUMENT),
+    (PromptError, grpc.StatusCode.INVALID_ARGUMENT),
+    (BiasError, grpc.StatusCode.FAILED_PRECONDITION),
+    (ModelError, grpc.StatusCode.FAILED_PRECONDITION),
+    (StateError, grpc.StatusCode.FAILED_PRECONDITION),
+)
+
+
+def status_code(error: BaseException) -> grpc.StatusCode:
+    """The gRPC status that an error means; INTERNAL for what we did not foresee."""
+    if isinstance(error, PeerError):
+        return error.code
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return code
+    # torch raises OutOfMemoryError on accelerators; both are about this call's size, not our code.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+    return grpc.StatusCode.INTERNAL
