@@ -1,9 +1,9 @@
 """The attention function through which Homer drives transformers' own layers.
 
-Registered with transformers as `homer_<implementation>`. Outside a `NodePass` it is that implementation.
-Inside one (set for the running thread only) it attends causally by slot order over the past rows and
-the node's own, keeps the keys and values, and yields the last query's scores in the layer that prunes.
-Knows nothing about plans or trees.
+Registered with transformers as `homer_<implementation>`. Outside a `NodePass` it is that
+implementation. Inside one (set for the running thread only) it attends causally by slot order over
+the past rows and the node's own, keeps the keys and values, and yields the last query's scores in
+the layer that prunes. Knows nothing about plans or trees.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class NodePass:
     past : callable from a layer number to (keys, values), or None
         Rows that come before the node's own, each of shape (kv_heads, past, head_dim).
     choose_rows : callable, or None
-        In the last layer: from the scores of shape (tokens,) of the last token's query against every
-        token's key, to the rows (ascending int64) that go on through the MLP and out of the layer.
+        In the last layer: from the scores of shape (tokens,) of the last token's query against
+        every token's key, to the rows (ascending int64) that go on through the MLP and out of the
+        layer.
     on_scores : callable, or None
         Called with (layer, scores) in every layer; for calibration.
     """
@@ -61,7 +62,10 @@ class NodePass:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Attention of one layer; shapes (1, heads, tokens, head_dim) in, (1, tokens, heads, head_dim) out."""
+        """Attention of one layer.
+
+        `query` has shape (1, heads, tokens, head_dim), the result (1, tokens, heads, head_dim).
+        """
         if self.keep_kv:
             self.kv.append((key[0], value[0]))
         prunes = self.is_last_layer and self.choose_rows is not None
@@ -79,7 +83,7 @@ class NodePass:
 
 
 def last_query_scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Largest scaled logit over the heads of the last token's query against each key, shape (tokens,).
+    """Largest scaled logit over the heads of the last query against each key, shape (tokens,).
 
     Raw logits after RoPE, no softmax, in float32 (paper, section 3.2). Grouped queries use their
     group's key.
@@ -94,7 +98,8 @@ def causal_attention(
 ) -> torch.Tensor:
     """Attention where query i sees the keys up to `past + i`, by slot order.
 
-    `query` has shape (1, heads, tokens, head_dim), `key` and `value` (1, kv_heads, past + tokens, head_dim).
+    `query` has shape (1, heads, tokens, head_dim), `key` and `value` (1, kv_heads, past + tokens,
+    head_dim).
     """
     tokens, past = query.shape[2], key.shape[2] - query.shape[2]
     grouped = query.shape[1] != key.shape[1]
@@ -148,8 +153,8 @@ def install(model: Any) -> None:
 def run_mlp_on_kept_rows(mlp: torch.nn.Module) -> None:
     """Hook a layer's MLP: where a `NodePass` has chosen rows, only those go through it.
 
-    The MLP works on each token alone, so the surviving rows get the same numbers as if nothing had been
-    skipped; the others are dropped when the layer returns.
+    The MLP works on each token alone, so the surviving rows get the same numbers as if nothing had
+    been skipped; the others are dropped when the layer returns.
     """
 
     def before(

@@ -40,14 +40,14 @@ def check_bias(bias: torch.Tensor, *, num_layers: int, max_distance: int) -> Non
     """
     if bias.dim() != 2 or bias.shape[0] != num_layers:
         raise BiasError(
-            f"the bias has shape {tuple(bias.shape)}, but the model has {num_layers} layers and needs "
-            f"({num_layers}, distances); calibrate it for this model"
+            f"the bias has shape {tuple(bias.shape)}, but the model has {num_layers} layers and "
+            f"needs ({num_layers}, distances); calibrate it for this model"
         )
     if bias.shape[1] <= max_distance:
         raise BiasError(
-            f"the bias reaches distance {bias.shape[1] - 1}, but chunks of this plan reach {max_distance}: "
-            f"its shape is {tuple(bias.shape)}, needed ({num_layers}, {max_distance + 1}) or more; "
-            "calibrate with longer chunks or lower max_chunk_len"
+            f"the bias reaches distance {bias.shape[1] - 1}, but chunks of this plan reach "
+            f"{max_distance}: its shape is {tuple(bias.shape)}, needed ({num_layers}, "
+            f"{max_distance + 1}) or more; calibrate with longer chunks or lower max_chunk_len"
         )
     if not torch.isfinite(bias).all():
         raise BiasError("the bias has values that are not finite; calibrate it again")
@@ -90,8 +90,8 @@ def load_bias(
         )
     if info is not None and hidden_size is not None and info.hidden_size != hidden_size:
         raise BiasError(
-            f"{path} was measured on {info.model} (hidden size {info.hidden_size}), but this model's hidden size "
-            f"is {hidden_size}: calibrate it for this model"
+            f"{path} was measured on {info.model} (hidden size {info.hidden_size}), but this "
+            f"model's hidden size is {hidden_size}: calibrate it for this model"
         )
     return bias
 

@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from homer.errors import ConfigError
+
+PlanKind = Literal["balanced", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HomerConfig:
     """Settings of hierarchical context merging.
 
-    The default is what measured best: the authors' plan, with the suffix refreshed at the root.
+    The default is what measured best: a balanced tree, and the suffix refreshed at the root.
     `HomerConfig.paper` is the authors' method to the letter.
 
     Parameters
     ----------
     max_chunk_len : int
-        Longest input of any node in tokens, prefix and suffix included. Half of the model's window is
-        usual: it leaves the other half to the answer.
+        Longest input of any node in tokens, prefix and suffix included. Half of the model's window
+        is usual: it leaves the other half to the answer.
     target_len : int
         Most tokens in the final cache, prefix and suffix included.
     warmup_layers : int
-        Lower layers that run on the leaves before any merging. About 3/8 of the model's layers is usual.
+        Lower layers that run on the leaves before any merging. About 3/8 of the model's layers is
+        usual.
     max_initial_chunk_len : int, optional
-        Longest leaf in tokens, prefix and suffix included, where it should differ from `max_chunk_len`.
+        Longest leaf in tokens, prefix and suffix included, where it should differ from
+        `max_chunk_len`.
+    plan : "balanced" or "paper"
+        "paper" rounds the number of leaves up to a power of two and gives the layers that do not
+        divide evenly to the leaves. "balanced" takes as few leaves as the context needs, spreads it
+        evenly over them, and gives those layers to the top of the tree: less work everywhere.
     fan_in : int, optional
-        Children per merge, a power of two. By default 2, or the smallest that leaves every level of the
-        tree at least one layer.
+        Most children per merge. By default 2, or the least that leaves every level of the tree at
+        least one layer.
     refresh_suffix : bool
-        Run the suffix once more at the root, over the surviving context, instead of using the average of
-        all chunks' suffix states.
+        Run the suffix once more at the root, over the surviving context, instead of using the
+        average of all chunks' suffix states.
 
     Raises
     ------
@@ -48,6 +56,7 @@ class HomerConfig:
     target_len: int
     warmup_layers: int
     max_initial_chunk_len: int | None = None
+    plan: PlanKind = "balanced"
     fan_in: int | None = None
     refresh_suffix: bool = True
 
@@ -58,17 +67,18 @@ class HomerConfig:
                 raise ConfigError(f"{field} is {value}; set it to {least} or more")
         if self.max_initial_chunk_len is not None and self.max_initial_chunk_len < 2:
             raise ConfigError(
-                f"max_initial_chunk_len is {self.max_initial_chunk_len}; set it to 2 or more, or leave it out"
+                f"max_initial_chunk_len is {self.max_initial_chunk_len}; set it to 2 or more, or "
+                f"leave it out"
             )
-        if self.fan_in is not None and (self.fan_in < 2 or self.fan_in & (self.fan_in - 1)):
-            raise ConfigError(
-                f"fan_in is {self.fan_in}; set it to a power of two (2, 4, 8, …) or leave it out"
-            )
+        if self.plan not in get_args(PlanKind):
+            raise ConfigError(f"plan is {self.plan!r}; set it to one of {get_args(PlanKind)}")
+        if self.fan_in is not None and self.fan_in < 2:
+            raise ConfigError(f"fan_in is {self.fan_in}; set it to 2 or more, or leave it out")
 
     @classmethod
     def paper(cls, **settings: Any) -> HomerConfig:
-        """The authors' method to the letter: their plan, suffix states averaged and not refreshed."""
-        return cls(**{"refresh_suffix": False, **settings})
+        """The authors' method to the letter: their plan, suffix states averaged, no refresh."""
+        return cls(**{"plan": "paper", "refresh_suffix": False, **settings})
 
     def replace(self, **changes: Any) -> HomerConfig:
         """A copy with some settings changed."""

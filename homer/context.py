@@ -19,7 +19,7 @@ from homer.state import KVShard, LayerKV
 
 
 class KVRows(NamedTuple):
-    """Rows of one layer: `context_indices` (rows,), `keys` and `values` (kv_heads, rows, head_dim)."""
+    """Rows of one layer: indices (rows,), keys and values (kv_heads, rows, head_dim)."""
 
     context_indices: torch.Tensor
     keys: torch.Tensor
@@ -52,7 +52,7 @@ class CompressedContext:
 
     @property
     def past_key_values(self) -> DynamicCache:
-        """A fresh transformers cache over these rows; what is appended to it leaves this context as it was."""
+        """A fresh transformers cache over these rows; appending to it changes nothing here."""
         return DynamicCache([(keys[None], values[None]) for keys, values in self.layers])
 
     @property
@@ -66,15 +66,15 @@ class CompressedContext:
 
 
 def assemble(pieces: Sequence[KVRows], wanted: torch.Tensor, layer: int) -> LayerKV:
-    """Keys and values of one layer for the context tokens `wanted`, in ascending order, from `pieces`."""
+    """Keys and values of one layer for the context tokens `wanted` (ascending) from `pieces`."""
     if not pieces:
         raise StateError(f"no KV rows of layer {layer} are held anywhere")
     indices = torch.cat([piece.context_indices for piece in pieces])
     order = indices.argsort()
     if not torch.equal(indices[order], wanted):
         raise StateError(
-            f"layer {layer} needs the KV rows of {len(wanted)} context tokens, but the workers hold "
-            f"{len(indices)} rows that do not match them; the request has to be run again"
+            f"layer {layer} needs the KV rows of {len(wanted)} context tokens, but there "
+            f"are {len(indices)} rows that do not match them; the request has to be run again"
         )
     keys = torch.cat([piece.keys for piece in pieces], dim=1)
     values = torch.cat([piece.values for piece in pieces], dim=1)
@@ -93,10 +93,10 @@ def refresh(
 ) -> tuple[list[LayerKV], torch.Tensor]:
     """Run the suffix once more through all layers, over the surviving context.
 
-    Averaging at merges mixes the suffix states of the chunk that holds the answer with those of all that
-    don't; after three levels most of it is noise. This replaces them for `suffix_len` tokens of work. Rows are
-    asked for layer by layer, so that the run goes on behind a gather. `shards` give up each layer once it
-    is used.
+    Averaging at merges mixes the suffix states of the chunk that holds the answer with those of all
+    that don't; after three levels most of it is noise. This replaces them for `suffix_len` tokens
+    of work. Rows are asked for layer by layer, so that the run goes on behind a gather. `shards`
+    give up each layer once it is used.
 
     Returns
     -------
@@ -120,7 +120,7 @@ def refresh(
     hidden = stack.run(hidden, suffix_positions, range(stack.num_layers), node_pass)
     for layer, ((keys, values), suffix) in enumerate(zip(layers, node_pass.kv, strict=True)):
         layers[layer] = (torch.cat((keys, suffix[0]), dim=1), torch.cat((values, suffix[1]), dim=1))
-    return layers, stack.logits(hidden[-1])
+    return layers, stack.logits(hidden[-1:])[0]
 
 
 def release_layer(shards: Sequence[KVShard], layer: int) -> None:

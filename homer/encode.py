@@ -1,8 +1,8 @@
 """Runs the nodes of a merge plan for one request: leaves, merges, and the final cache.
 
-Depth-first, each child freed as soon as it is merged, so that memory grows with the height of the tree.
-The same functions run in one process and on every worker of a cluster. Knows nothing about machines:
-rows that live elsewhere come through a callback.
+Depth-first, each child freed as soon as it is merged, so that memory grows with the height of the
+tree. The same functions run in one process and on every worker of a cluster. Knows nothing about
+machines: rows that live elsewhere come through a callback.
 
 Reference: HOMER, arXiv 2404.10308, section 3 (merging 3.1, token reduction 3.2, propagative
 refinement 3.1, calibration 3.3).
@@ -25,7 +25,7 @@ from homer.stack import LayerStack
 from homer.state import KVShard, LayerKV, NodeState, join_shards
 
 RemoteRows = Callable[[int], Sequence[KVRows]]
-"""The surviving rows of one layer that live elsewhere; asked for once a layer, in order; may block."""
+"""The surviving rows of one layer that live elsewhere; asked for layer by layer; may block."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,8 @@ class TreeEncoder:
         """
         node = self.plan.by_id[node_id]
         if tuple(child.node for child in children) != node.children:
-            raise StateError(
-                f"node {node_id} merges {list(node.children)}, not {[child.node for child in children]}"
-            )
+            given = [child.node for child in children]
+            raise StateError(f"node {node_id} merges {list(node.children)}, not {given}")
         return self._run_merge(node, children)
 
     @torch.inference_mode()
@@ -174,11 +173,10 @@ class TreeEncoder:
                 parts = [context_rows(layer), root.suffix_kv[layer]]
                 if prefix_kv is not None:
                     parts.insert(0, prefix_kv[layer])
-                layers.append(
-                    tuple(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
-                )
+                keys, values = zip(*parts, strict=True)
+                layers.append((torch.cat(keys, dim=1), torch.cat(values, dim=1)))
                 release_layer(root.shards, layer)
-            logits = self.stack.logits(root.hidden[-1])
+            logits = self.stack.logits(root.hidden[-1:])[0]
         root.shards.clear()
         return CompressedContext(
             context_indices=root.context_indices,
@@ -191,8 +189,8 @@ class TreeEncoder:
     def prefix_kv(self) -> list[LayerKV]:
         """Keys and values of the prefix in all layers; computed once, for every chunk and level.
 
-        The prefix sees only itself, so its states are the same everywhere; averaging them at a merge
-        changes nothing.
+        The prefix sees only itself, so its states are the same everywhere; averaging them at a
+        merge changes nothing.
         """
         if self._prefix_kv is None:
             node_pass = NodePass()
@@ -230,13 +228,11 @@ class TreeEncoder:
         )
         indices = torch.cat([child.context_indices for child in children])
         suffix_kv = [c.suffix_kv for c in children if c.suffix_kv is not None]
-        averaged = [
-            tuple(torch.stack(tensors).mean(0) for tensors in zip(*layer, strict=True))
-            for layer in zip(*suffix_kv, strict=True)
-        ]
         state = self._run_node(node, hidden, positions, indices)
         if state.suffix_kv is not None:
-            state.suffix_kv = averaged + state.suffix_kv  # type: ignore[operator]
+            state.suffix_kv = [
+                _mean(layer) for layer in zip(*suffix_kv, strict=True)
+            ] + state.suffix_kv
         below = [
             shard.select_(state.context_indices) for child in children for shard in child.shards
         ]
@@ -263,13 +259,14 @@ class TreeEncoder:
             if node.prunes:
                 scores = self._calibrated(scores, positions, node.layer_end - 1)
                 context_rows = keep_highest(scores[front:context_end], node.context_out)
-            # Above the root there is no layer: only its last row is used, for the logits.
+            # No layer follows the root: of its hidden states only the last is used, for the logits.
             return suffix_rows[-1:] if is_root else torch.cat((context_rows + front, suffix_rows))
 
         prefix_kv = self.prefix_kv() if plan.prefix_len and not front else None
         node_pass = NodePass(
             past=prefix_kv.__getitem__ if prefix_kv is not None else None,
-            choose_rows=choose if node.prunes or is_root else None,
+            # A prompt that fits runs as the plain model would, to the last bit.
+            choose_rows=choose if node.prunes or (is_root and plan.height > 0) else None,
         )
         layers = range(node.layer_start, node.layer_end)
         hidden = self.stack.run(hidden, positions, layers, node_pass)
@@ -307,7 +304,12 @@ class TreeEncoder:
         return torch.cat((front, root.position_ids))
 
 
+def _mean(suffixes: Sequence[LayerKV]) -> LayerKV:
+    keys, values = zip(*suffixes, strict=True)
+    return torch.stack(keys).mean(0), torch.stack(values).mean(0)
+
+
 def keep_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows of the `count` highest `scores`, ascending; of equal ones the earlier row, on any device."""
+    """Rows of the `count` highest `scores`, ascending; of equals the earlier, on any device."""
     order = torch.sort(scores, descending=True, stable=True).indices
     return order[:count].sort().values

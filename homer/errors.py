@@ -1,7 +1,7 @@
 """The errors that Homer raises for a mistake of its user or a fault of its surroundings.
 
-Each message says what is wrong and what to change. This module knows nothing about transports: doors
-map these types to gRPC codes and HTTP statuses.
+Each message says what is wrong and what to change. This module knows nothing about transports:
+doors map these types to gRPC codes and HTTP statuses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class PlanError(HomerError, ValueError):
 
 
 class PromptError(HomerError, ValueError):
-    """The prompt itself cannot be used: empty parts, wrong shapes, token ids outside the vocabulary."""
+    """The prompt itself cannot be used: wrong shapes, token ids outside the vocabulary."""
 
 
 class BiasError(HomerError, ValueError):
@@ -35,5 +35,5 @@ class StateError(HomerError, RuntimeError):
     """States or KV rows that should be there are missing or do not fit together."""
 
 
-class Cancelled(HomerError):
-    """The caller asked to stop. Not a fault."""
+class Cancelled(HomerError):  # noqa: N818  (not a fault)
+    """The caller asked to stop."""

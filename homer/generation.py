@@ -37,8 +37,8 @@ def generate_tokens(
 ) -> Generator[int, None, FinishReason]:
     """Yield token ids as they are chosen; the generator's return value says why it ended.
 
-    The first token comes from the context's own logits and costs no model run. An end-of-sequence token ends the
-    answer and is not yielded.
+    The first token comes from the context's own logits and costs no model run. An end-of-sequence
+    token ends the answer and is not yielded.
     """
     sampler = TokenSampler(params)
     eos = frozenset() if params.ignore_eos else eos_token_ids(model)
@@ -59,7 +59,7 @@ def generate_tokens(
 
 @torch.inference_mode()
 def forward(model: Any, ids: list[int], position: int, cache: Any) -> torch.Tensor:
-    """Append `ids` at `position`, `position + 1`, … to `cache`; logits of shape (len(ids), vocab), float32."""
+    """Append `ids` to `cache` from `position` on; logits of shape (len(ids), vocab), float32."""
     device = model.get_input_embeddings().weight.device
     past = cache.get_seq_length()
     out = model(

@@ -56,8 +56,8 @@ class HomerModel:
         if bias is not None and (bias.dim() != 2 or bias.shape[0] != self.stack.num_layers):
             raise BiasError(
                 f"the bias has shape {tuple(bias.shape)}, but the model has "
-                f"{self.stack.num_layers} layers and "
-                f"needs ({self.stack.num_layers}, distances); calibrate it for this model"
+                f"{self.stack.num_layers} layers and needs ({self.stack.num_layers}, distances); "
+                "calibrate it for this model"
             )
         self.bias = None if bias is None else bias.to(self.stack.device)
 

@@ -1,20 +1,20 @@
 """The merge plan: how a prompt is cut into leaves, and which node merges what, in which layers.
 
-Pure Python: the same lengths, layer count and settings give the same plan on every machine, so a plan
-never travels; only what it is made from does. Knows nothing about tensors, models or workers.
+Pure Python: the same lengths, layer count and settings give the same plan on every machine, so a
+plan never travels; only what it is made from does. Knows nothing about tensors, models or workers.
 
 Reference: HOMER, arXiv 2404.10308, section 3 and appendix; names follow the paper.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from homer.config import HomerConfig
+from homer.config import HomerConfig, PlanKind
 from homer.errors import PlanError
 
 
@@ -22,7 +22,7 @@ class NodeId(NamedTuple):
     """A node of the tree: its height above the leaves, and its index within that height."""
 
     height: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class PlanNode:
     """One node: what it reads, which layers it runs, and how many tokens it leaves.
 
     `context_start` and `context_end` bound the span of the original context below this node;
-    `context_in` and `context_out` count the context tokens that enter and leave it (prefix and suffix
-    not counted). A leaf has no children.
+    `context_in` and `context_out` count the context tokens that enter and leave it (prefix and
+    suffix not counted). A leaf has no children.
     """
 
     id: NodeId
@@ -89,42 +89,39 @@ class MergePlan:
         _check_lengths(prefix_len, context_len, suffix_len, num_layers, config)
         affix_len = prefix_len + suffix_len
         leaf_room = (config.max_initial_chunk_len or config.max_chunk_len) - affix_len
-        num_chunks = -(-context_len // leaf_room)
-        num_leaves = 1 << (num_chunks - 1).bit_length()
+        num_leaves = -(-context_len // leaf_room)
+        if config.plan == "paper":
+            num_leaves = 1 << (num_leaves - 1).bit_length()
         fan_in = _choose_fan_in(num_leaves, num_layers, config.max_chunk_len - affix_len, config)
-        height = _tree_height(num_leaves, fan_in)
-        merge_layers = num_layers - config.warmup_layers
-        layers_per_node = merge_layers // (height + 1)
-        leaf_layers = num_layers - layers_per_node * height
+        levels = _levels(num_leaves, fan_in)
+        height = len(levels) - 1
+        layer_bounds = _layer_bounds(num_layers, height, config)
 
-        chunk_context_len, spans = _leaf_spans(context_len, num_leaves)
-        targets = _target_lens(prefix_len, suffix_len, context_len, spans, fan_in, height, config)
+        chunk_context_len, spans = _leaf_spans(context_len, num_leaves, config.plan)
+        targets = _target_lens(prefix_len, suffix_len, context_len, levels, spans, config)
         built: dict[NodeId, PlanNode] = {}
 
-        def visit(node_id: NodeId, first: int, last: int) -> Iterator[PlanNode]:
-            """Post-order over the leaves first..last-1."""
+        def visit(node_id: NodeId) -> Iterator[PlanNode]:
+            """The subtree of `node_id` in post-order."""
             level, index = node_id
-            children: list[NodeId] = []
-            if level == 0:
-                context_in = spans[first][1] - spans[first][0]
-                layer_start, layer_end = 0, leaf_layers
+            children = tuple(NodeId(level - 1, child) for child in levels[level][index])
+            if not children:
+                start, end = spans[index]
+                context_in = end - start
             else:
-                width = fan_in ** (level - 1)
-                for number, start in enumerate(range(first, last, width)):
-                    child = NodeId(level - 1, index * fan_in + number)
-                    yield from visit(child, start, min(start + width, last))
-                    children.append(child)
+                for child in children:
+                    yield from visit(child)
+                start = built[children[0]].context_start
+                end = built[children[-1]].context_end
                 context_in = sum(built[child].context_out for child in children)
-                layer_start = leaf_layers + layers_per_node * (level - 1)
-                layer_end = layer_start + layers_per_node
             target = targets[node_id]
             node = PlanNode(
                 id=node_id,
-                children=tuple(children),
-                context_start=spans[first][0],
-                context_end=spans[last - 1][1],
-                layer_start=layer_start,
-                layer_end=layer_end,
+                children=children,
+                context_start=start,
+                context_end=end,
+                layer_start=layer_bounds[level],
+                layer_end=layer_bounds[level + 1],
                 context_in=context_in,
                 context_out=min(context_in, target - affix_len),
                 target_len=target,
@@ -132,7 +129,7 @@ class MergePlan:
             built[node_id] = node
             yield node
 
-        nodes = tuple(visit(NodeId(height, 0), 0, num_leaves))
+        nodes = tuple(visit(NodeId(height, 0)))
         return cls(
             prefix_len=prefix_len,
             context_len=context_len,
@@ -217,15 +214,16 @@ def _check_lengths(
         raise PlanError("the context is empty; give a document of one token or more")
     if suffix_len < 1:
         raise PlanError(
-            "the suffix is empty; give a question: its last token decides which context tokens are kept"
+            "the suffix is empty; give a question: its last token decides which context tokens "
+            "are kept"
         )
     affix_len = prefix_len + suffix_len
     for name in ("max_chunk_len", "max_initial_chunk_len"):
         length = getattr(config, name)
         if length is not None and length <= affix_len:
             raise PlanError(
-                f"prefix and suffix take {affix_len} tokens, which leaves no room for context in a chunk "
-                f"of {length}; raise {name} above {affix_len} or shorten prefix and suffix"
+                f"prefix and suffix take {affix_len} tokens, which leaves no room for context in "
+                f"a chunk of {length}; raise {name} above {affix_len} or shorten prefix and suffix"
             )
     if config.target_len < affix_len:
         raise PlanError(
@@ -239,11 +237,34 @@ def _check_lengths(
         )
 
 
-def _tree_height(num_leaves: int, fan_in: int) -> int:
-    height = 0
-    while fan_in**height < num_leaves:
-        height += 1
-    return height
+def _num_levels(num_leaves: int, fan_in: int) -> int:
+    levels = 1
+    while num_leaves > 1:
+        num_leaves = -(-num_leaves // fan_in)
+        levels += 1
+    return levels
+
+
+def _levels(num_leaves: int, fan_in: int) -> list[list[range]]:
+    """For each level and node, the indices of its children one level below; leaves have none.
+
+    Every node has as few children as the levels below it allow, and its leaves are spread evenly
+    over
+    them: split from the root down, so that no part of the context gets a larger share of the
+    targets.
+    """
+    sizes, levels = [num_leaves], []
+    for height in range(_num_levels(num_leaves, fan_in) - 1, 0, -1):
+        children: list[int] = []
+        nodes: list[range] = []
+        for size in sizes:
+            count = -(-size // fan_in ** (height - 1))
+            first = len(children)
+            children += [(i + 1) * size // count - i * size // count for i in range(count)]
+            nodes.append(range(first, len(children)))
+        levels.append(nodes)
+        sizes = children
+    return [[range(0)] * num_leaves, *reversed(levels)]
 
 
 def _choose_fan_in(num_leaves: int, num_layers: int, room: int, config: HomerConfig) -> int:
@@ -260,64 +281,79 @@ def _choose_fan_in(num_leaves: int, num_layers: int, room: int, config: HomerCon
     for fan_in in candidates:
         if fan_in > room:
             raise PlanError(
-                f"a chunk of {config.max_chunk_len} tokens has room for {room} context tokens beside prefix "
-                f"and suffix, too few to merge {fan_in} children; raise max_chunk_len, or shorten prefix "
+                f"a chunk of {config.max_chunk_len} tokens has room for {room} context tokens "
+                f"beside prefix and suffix, too few to merge {fan_in} children; raise "
+                f"max_chunk_len, or shorten prefix "
                 "and suffix"
             )
-        if merge_layers > _tree_height(num_leaves, fan_in):
+        levels = _num_levels(num_leaves, fan_in)
+        if merge_layers >= levels:
             return fan_in
-    levels = _tree_height(num_leaves, candidates[-1]) + 1
     raise PlanError(
-        f"{num_leaves} leaves with a fan-in of {candidates[-1]} make {levels} levels, but only "
+        f"{num_leaves} leaves with a fan-in of {fan_in} make {levels} levels, but only "
         f"{merge_layers} of {num_layers} layers are left for merging; lower warmup_layers to "
         f"{max(0, num_layers - levels)} or less, raise max_chunk_len, or "
         + ("leave fan_in out" if config.fan_in else "use a model with more layers")
     )
 
 
-def _leaf_spans(context_len: int, num_leaves: int) -> tuple[int, list[tuple[int, int]]]:
+def _layer_bounds(num_layers: int, height: int, config: HomerConfig) -> list[int]:
+    """First layer of each level, from the leaves up, and the end of the root's.
+
+    The merging layers are shared evenly by the levels. What is left over goes to the leaves in the
+    paper; in a balanced plan to the top levels, one each, where it costs next to nothing.
+    """
+    per_level, left_over = divmod(num_layers - config.warmup_layers, height + 1)
+    counts = [config.warmup_layers + per_level] + [per_level] * height
+    if config.plan == "paper":
+        counts[0] += left_over
+    else:
+        for level in range(height + 1 - left_over, height + 1):
+            counts[level] += 1
+    return [0, *accumulate(counts)]
+
+
+def _leaf_spans(
+    context_len: int, num_leaves: int, kind: PlanKind
+) -> tuple[int, list[tuple[int, int]]]:
     """Longest leaf, and each leaf's span of the context.
 
-    Every leaf but the last is full, as in the paper. Where that would make the last leaf's length
-    negative (the authors' code crashes), the context is spread evenly instead.
+    In the paper every leaf but the last is full. Where that would make the last leaf's length
+    negative (the authors' code crashes), and in a balanced plan, the context is spread evenly.
     """
     chunk = -(-context_len // num_leaves)
-    if chunk * (num_leaves - 1) <= context_len:
+    if kind == "paper" and chunk * (num_leaves - 1) <= context_len:
         bounds = [min(i * chunk, context_len) for i in range(num_leaves + 1)]
     else:
         bounds = [i * context_len // num_leaves for i in range(num_leaves + 1)]
-        chunk = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
-    return chunk, list(zip(bounds, bounds[1:], strict=False))
+    return chunk, list(pairwise(bounds))
 
 
 def _target_lens(
     prefix_len: int,
     suffix_len: int,
     context_len: int,
+    levels: list[list[range]],
     spans: list[tuple[int, int]],
-    fan_in: int,
-    height: int,
     config: HomerConfig,
 ) -> dict[NodeId, int]:
     """The most tokens that each node may leave, affixes included."""
     affix_len = prefix_len + suffix_len
     room = config.max_chunk_len - affix_len
-    leaf_lens = [end - start for start, end in spans]
-    targets = {NodeId(height, 0): min(config.target_len, affix_len + context_len)}
-    for level in range(height, 0, -1):
-        width = fan_in ** (level - 1)
-        for index in range(math.ceil(len(spans) / (width * fan_in))):
-            firsts = range(
-                index * width * fan_in, min((index + 1) * width * fan_in, len(spans)), width
-            )
-            if len(firsts) == 2:
-                shares = _paper_shares(room, leaf_lens[firsts[1]])
+    # Per node: context tokens below it, and the length of its first leaf.
+    sizes = [end - start for start, end in spans]
+    first_leaf = list(sizes)
+    targets = {NodeId(len(levels) - 1, 0): min(config.target_len, affix_len + context_len)}
+    for level, nodes in enumerate(levels[1:], start=1):
+        for children in nodes:
+            if config.plan == "paper" and len(children) == 2:
+                shares = _paper_shares(room, first_leaf[children[1]])
             else:
-                shares = _even_shares(
-                    room, [sum(leaf_lens[first : first + width]) for first in firsts]
-                )
-            for number, share in enumerate(shares):
-                targets[NodeId(level - 1, index * fan_in + number)] = affix_len + share
+                shares = _even_shares(room, [sizes[child] for child in children])
+            for child, share in zip(children, shares, strict=True):
+                targets[NodeId(level - 1, child)] = affix_len + share
+        sizes = [sum(sizes[child] for child in children) for children in nodes]
+        first_leaf = [first_leaf[children[0]] for children in nodes]
     return targets
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -75,7 +76,8 @@ class TokenSampler:
         """The next token id, from `logits` of shape (vocab,)."""
         # On the CPU, so that a seed means the same on every device.
         scores = logits.detach().float().cpu()[None]
-        scores = self._processors(torch.tensor([self.generated], dtype=torch.int64), scores)
+        so_far: Any = torch.tensor([self.generated], dtype=torch.int64)
+        scores = self._processors(so_far, scores)
         if self._generator is None:
             token = int(scores[0].argmax())
         else:

@@ -20,8 +20,8 @@ class LayerStack:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A decoder-only causal LM with rotary positions. Its attention implementation is wrapped, which
-        changes nothing for other callers.
+        A decoder-only causal LM with rotary positions. Its attention implementation is wrapped,
+        which changes nothing for other callers.
 
     Raises
     ------
@@ -34,8 +34,8 @@ class LayerStack:
         missing = [name for name in ("layers", "rotary_emb", "norm") if not hasattr(base, name)]
         if missing:
             raise ModelError(
-                f"{type(model).__name__} has no {', '.join(missing)}; Homer needs a decoder-only model with "
-                "rotary position embeddings"
+                f"{type(model).__name__} has no {', '.join(missing)}; Homer needs a decoder-only "
+                f"model with rotary position embeddings"
             )
         attention.install(model)
         self.model = model
@@ -85,13 +85,13 @@ class LayerStack:
             ids = ids[0]
         if ids.dim() != 1 or ids.is_floating_point():
             raise PromptError(
-                f"{name} must be integer token ids of shape (n,) or (1, n), not {ids.dtype} of shape "
-                f"{tuple(ids.shape)}"
+                f"{name} must be integer token ids of shape (n,) or (1, n), not {ids.dtype} of "
+                f"shape {tuple(ids.shape)}"
             )
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
             raise PromptError(
-                f"{name} has token ids from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary "
-                f"has {self.vocab_size} entries; use the model's own tokenizer"
+                f"{name} has token ids from {int(ids.min())} to {int(ids.max())}, but the "
+                f"model's vocabulary has {self.vocab_size} entries; use the model's own tokenizer"
             )
         return ids.to(device=self.device, dtype=torch.int64)
 
@@ -102,7 +102,10 @@ class LayerStack:
     def run(
         self, hidden: torch.Tensor, position_ids: torch.Tensor, layers: range, node_pass: NodePass
     ) -> torch.Tensor:
-        """Run `layers` on `hidden` of shape (tokens, hidden_size); returns the rows that `node_pass` chose."""
+        """Run `layers` on `hidden` of shape (tokens, hidden_size).
+
+        Returns the rows that `node_pass` chose, or all of them.
+        """
         states = hidden[None]
         positions = position_ids[None]
         rotary = self._rotary(states, positions)

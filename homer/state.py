@@ -1,8 +1,8 @@
 """What a finished node leaves behind: plain tensors, and the few operations on them.
 
-Rows are context tokens in ascending order of their index in the original context. That index names a
-token everywhere, so KV rows can stay on the machine that made them and be asked for by index. This
-module knows nothing about models, plans or machines.
+Rows are context tokens in ascending order of their index in the original context. That index names
+a token everywhere, so KV rows can stay on the machine that made them and be asked for by index.
+This module knows nothing about models, plans or machines.
 """
 
 from __future__ import annotations

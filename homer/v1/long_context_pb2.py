@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from homer.v1 import plan_pb2 as homer_dot_v1_dot_plan__pb2
 from homer.v1 import sampling_pb2 as homer_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bhomer/v1/long_context.proto\x12\x08homer.v1\x1a\x17homer/v1/sampling.proto\"=\n\nTextPrompt\x12\x0e\n\x06prefix\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x02 \x01(\t\x12\x0e\n\x06suffix\x18\x03 \x01(\t\"J\n\x0bTokenPrompt\x12\x12\n\nprefix_ids\x18\x01 \x03(\r\x12\x13\n\x0b\x63ontext_ids\x18\x02 \x03(\r\x12\x12\n\nsuffix_ids\x18\x03 \x03(\r\"\xa6\x02\n\x12\x43ompressionOptions\x12\x1a\n\rmax_chunk_len\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\ntarget_len\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rwarmup_layers\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\"\n\x15max_initial_chunk_len\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x13\n\x06\x66\x61n_in\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x1b\n\x0erefresh_suffix\x18\x06 \x01(\x08H\x05\x88\x01\x01\x42\x10\n\x0e_max_chunk_lenB\r\n\x0b_target_lenB\x10\n\x0e_warmup_layersB\x18\n\x16_max_initial_chunk_lenB\t\n\x07_fan_inB\x11\n\x0f_refresh_suffix\"\xfa\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x04text\x18\x02 \x01(\x0b\x32\x14.homer.v1.TextPromptH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.homer.v1.TokenPromptH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.homer.v1.SamplingParams\x12\x31\n\x0b\x63ompression\x18\x05 \x01(\x0b\x32\x1c.homer.v1.CompressionOptions\x12\x1b\n\x13return_kept_indices\x18\x06 \x01(\x08\x42\x08\n\x06prompt\"\xb3\x01\n\x10GenerateResponse\x12&\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x12.homer.v1.AcceptedH\x00\x12&\n\x08progress\x18\x02 \x01(\x0b\x32\x12.homer.v1.ProgressH\x00\x12 \n\x05token\x18\x03 \x01(\x0b\x32\x0f.homer.v1.TokenH\x00\x12$\n\x07summary\x18\x04 \x01(\x0b\x32\x11.homer.v1.SummaryH\x00\x42\x07\n\x05\x65vent\"w\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x04\x12\x0e\n\x06leaves\x18\x03 \x01(\r\x12\x0e\n\x06levels\x18\x04 \x01(\r\x12\x0e\n\x06merges\x18\x05 \x01(\r\x12\x10\n\x08subtrees\x18\x06 \x01(\r\"\xcc\x02\n\x08Progress\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.homer.v1.Progress.Kind\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0e\n\x06worker\x18\x04 \x01(\t\x12\x13\n\x0bleaves_done\x18\x05 \x01(\r\x12\x14\n\x0cleaves_total\x18\x06 \x01(\r\x12\x13\n\x0bmerges_done\x18\x07 \x01(\r\x12\x14\n\x0cmerges_total\x18\x08 \x01(\r\x12\x19\n\x11\x63ontext_tokens_in\x18\t \x01(\r\x12\x1a\n\x12\x63ontext_tokens_out\x18\n \x01(\r\x12\x0f\n\x07seconds\x18\x0b \x01(\x01\"L\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_LEAF\x10\x01\x12\x0e\n\nKIND_MERGE\x10\x02\x12\x0f\n\x0bKIND_GATHER\x10\x03\"\'\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x89\x01\n\x0cStageSeconds\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x0e\n\x06leaves\x18\x02 \x01(\x01\x12\x0e\n\x06merges\x18\x03 \x01(\x01\x12\x0e\n\x06gather\x18\x04 \x01(\x01\x12\x1b\n\x13time_to_first_token\x18\x05 \x01(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\x06 \x01(\x01\x12\r\n\x05total\x18\x07 \x01(\x01\"\x94\x03\n\x07Summary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x04\x12\x0e\n\x06leaves\x18\x03 \x01(\r\x12\x13\n\x0bkept_tokens\x18\x04 \x01(\r\x12\x18\n\x10generated_tokens\x18\x05 \x01(\r\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.homer.v1.FinishReason\x12\'\n\x07seconds\x18\x07 \x01(\x0b\x32\x16.homer.v1.StageSeconds\x12\x13\n\x0bmoved_bytes\x18\x08 \x01(\x04\x12\x1c\n\x14kept_context_indices\x18\t \x03(\r\x12\x11\n\ttoken_ids\x18\n \x03(\r\x12\x0c\n\x04text\x18\x0b \x01(\t\x12=\n\x0fnodes_by_worker\x18\x0c \x03(\x0b\x32$.homer.v1.Summary.NodesByWorkerEntry\x1a\x34\n\x12NodesByWorkerEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x16\n\x14GetServerInfoRequest\"\x8b\x01\n\x0cServerWorker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x10\n\x08requests\x18\x05 \x01(\r\x12\x13\n\x0bstate_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ekv_shard_bytes\x18\x07 \x01(\x04\"\xb5\x02\n\x15GetServerInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rhomer_version\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cmodel_window\x18\x04 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\x04\x12\x15\n\rmax_chunk_len\x18\x06 \x01(\r\x12\x12\n\ntarget_len\x18\x07 \x01(\r\x12\x15\n\rwarmup_layers\x18\x08 \x01(\r\x12\x12\n\ncalibrated\x18\t \x01(\x08\x12\'\n\x07workers\x18\n \x03(\x0b\x32\x16.homer.v1.ServerWorker\x12\x18\n\x10running_requests\x18\x0b \x01(\r\x12\x17\n\x0fqueued_requests\x18\x0c \x01(\r2\xa4\x01\n\x0bLongContext\x12\x43\n\x08Generate\x12\x19.homer.v1.GenerateRequest\x1a\x1a.homer.v1.GenerateResponse0\x01\x12P\n\rGetServerInfo\x12\x1e.homer.v1.GetServerInfoRequest\x1a\x1f.homer.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bhomer/v1/long_context.proto\x12\x08homer.v1\x1a\x13homer/v1/plan.proto\x1a\x17homer/v1/sampling.proto\"=\n\nTextPrompt\x12\x0e\n\x06prefix\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x02 \x01(\t\x12\x0e\n\x06suffix\x18\x03 \x01(\t\"J\n\x0bTokenPrompt\x12\x12\n\nprefix_ids\x18\x01 \x03(\r\x12\x13\n\x0b\x63ontext_ids\x18\x02 \x03(\r\x12\x12\n\nsuffix_ids\x18\x03 \x03(\r\"\xc8\x02\n\x12\x43ompressionOptions\x12\x1a\n\rmax_chunk_len\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\ntarget_len\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rwarmup_layers\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\"\n\x15max_initial_chunk_len\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x13\n\x06\x66\x61n_in\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x1b\n\x0erefresh_suffix\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12 \n\x04plan\x18\x07 \x01(\x0e\x32\x12.homer.v1.PlanKindB\x10\n\x0e_max_chunk_lenB\r\n\x0b_target_lenB\x10\n\x0e_warmup_layersB\x18\n\x16_max_initial_chunk_lenB\t\n\x07_fan_inB\x11\n\x0f_refresh_suffix\"\xfa\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x04text\x18\x02 \x01(\x0b\x32\x14.homer.v1.TextPromptH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.homer.v1.TokenPromptH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.homer.v1.SamplingParams\x12\x31\n\x0b\x63ompression\x18\x05 \x01(\x0b\x32\x1c.homer.v1.CompressionOptions\x12\x1b\n\x13return_kept_indices\x18\x06 \x01(\x08\x42\x08\n\x06prompt\"\xb3\x01\n\x10GenerateResponse\x12&\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x12.homer.v1.AcceptedH\x00\x12&\n\x08progress\x18\x02 \x01(\x0b\x32\x12.homer.v1.ProgressH\x00\x12 \n\x05token\x18\x03 \x01(\x0b\x32\x0f.homer.v1.TokenH\x00\x12$\n\x07summary\x18\x04 \x01(\x0b\x32\x11.homer.v1.SummaryH\x00\x42\x07\n\x05\x65vent\"w\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x04\x12\x0e\n\x06leaves\x18\x03 \x01(\r\x12\x0e\n\x06levels\x18\x04 \x01(\r\x12\x0e\n\x06merges\x18\x05 \x01(\r\x12\x10\n\x08subtrees\x18\x06 \x01(\r\"\xcc\x02\n\x08Progress\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.homer.v1.Progress.Kind\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0e\n\x06worker\x18\x04 \x01(\t\x12\x13\n\x0bleaves_done\x18\x05 \x01(\r\x12\x14\n\x0cleaves_total\x18\x06 \x01(\r\x12\x13\n\x0bmerges_done\x18\x07 \x01(\r\x12\x14\n\x0cmerges_total\x18\x08 \x01(\r\x12\x19\n\x11\x63ontext_tokens_in\x18\t \x01(\r\x12\x1a\n\x12\x63ontext_tokens_out\x18\n \x01(\r\x12\x0f\n\x07seconds\x18\x0b \x01(\x01\"L\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_LEAF\x10\x01\x12\x0e\n\nKIND_MERGE\x10\x02\x12\x0f\n\x0bKIND_GATHER\x10\x03\"\'\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x89\x01\n\x0cStageSeconds\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x0e\n\x06leaves\x18\x02 \x01(\x01\x12\x0e\n\x06merges\x18\x03 \x01(\x01\x12\x0e\n\x06gather\x18\x04 \x01(\x01\x12\x1b\n\x13time_to_first_token\x18\x05 \x01(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\x06 \x01(\x01\x12\r\n\x05total\x18\x07 \x01(\x01\"\x94\x03\n\x07Summary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x04\x12\x0e\n\x06leaves\x18\x03 \x01(\r\x12\x13\n\x0bkept_tokens\x18\x04 \x01(\r\x12\x18\n\x10generated_tokens\x18\x05 \x01(\r\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.homer.v1.FinishReason\x12\'\n\x07seconds\x18\x07 \x01(\x0b\x32\x16.homer.v1.StageSeconds\x12\x13\n\x0bmoved_bytes\x18\x08 \x01(\x04\x12\x1c\n\x14kept_context_indices\x18\t \x03(\r\x12\x11\n\ttoken_ids\x18\n \x03(\r\x12\x0c\n\x04text\x18\x0b \x01(\t\x12=\n\x0fnodes_by_worker\x18\x0c \x03(\x0b\x32$.homer.v1.Summary.NodesByWorkerEntry\x1a\x34\n\x12NodesByWorkerEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x16\n\x14GetServerInfoRequest\"\x8b\x01\n\x0cServerWorker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x10\n\x08requests\x18\x05 \x01(\r\x12\x13\n\x0bstate_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ekv_shard_bytes\x18\x07 \x01(\x04\"\xb5\x02\n\x15GetServerInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rhomer_version\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cmodel_window\x18\x04 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\x04\x12\x15\n\rmax_chunk_len\x18\x06 \x01(\r\x12\x12\n\ntarget_len\x18\x07 \x01(\r\x12\x15\n\rwarmup_layers\x18\x08 \x01(\r\x12\x12\n\ncalibrated\x18\t \x01(\x08\x12\'\n\x07workers\x18\n \x03(\x0b\x32\x16.homer.v1.ServerWorker\x12\x18\n\x10running_requests\x18\x0b \x01(\r\x12\x17\n\x0fqueued_requests\x18\x0c \x01(\r2\xa4\x01\n\x0bLongContext\x12\x43\n\x08Generate\x12\x19.homer.v1.GenerateRequest\x1a\x1a.homer.v1.GenerateResponse0\x01\x12P\n\rGetServerInfo\x12\x1e.homer.v1.GetServerInfoRequest\x1a\x1f.homer.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,36 +35,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SUMMARY_NODESBYWORKERENTRY']._loaded_options = None
   _globals['_SUMMARY_NODESBYWORKERENTRY']._serialized_options = b'8\001'
-  _globals['_TEXTPROMPT']._serialized_start=66
-  _globals['_TEXTPROMPT']._serialized_end=127
-  _globals['_TOKENPROMPT']._serialized_start=129
-  _globals['_TOKENPROMPT']._serialized_end=203
-  _globals['_COMPRESSIONOPTIONS']._serialized_start=206
-  _globals['_COMPRESSIONOPTIONS']._serialized_end=500
-  _globals['_GENERATEREQUEST']._serialized_start=503
-  _globals['_GENERATEREQUEST']._serialized_end=753
-  _globals['_GENERATERESPONSE']._serialized_start=756
-  _globals['_GENERATERESPONSE']._serialized_end=935
-  _globals['_ACCEPTED']._serialized_start=937
-  _globals['_ACCEPTED']._serialized_end=1056
-  _globals['_PROGRESS']._serialized_start=1059
-  _globals['_PROGRESS']._serialized_end=1391
-  _globals['_PROGRESS_KIND']._serialized_start=1315
-  _globals['_PROGRESS_KIND']._serialized_end=1391
-  _globals['_TOKEN']._serialized_start=1393
-  _globals['_TOKEN']._serialized_end=1432
-  _globals['_STAGESECONDS']._serialized_start=1435
-  _globals['_STAGESECONDS']._serialized_end=1572
-  _globals['_SUMMARY']._serialized_start=1575
-  _globals['_SUMMARY']._serialized_end=1979
-  _globals['_SUMMARY_NODESBYWORKERENTRY']._serialized_start=1927
-  _globals['_SUMMARY_NODESBYWORKERENTRY']._serialized_end=1979
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1981
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=2003
-  _globals['_SERVERWORKER']._serialized_start=2006
-  _globals['_SERVERWORKER']._serialized_end=2145
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=2148
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=2457
-  _globals['_LONGCONTEXT']._serialized_start=2460
-  _globals['_LONGCONTEXT']._serialized_end=2624
+  _globals['_TEXTPROMPT']._serialized_start=87
+  _globals['_TEXTPROMPT']._serialized_end=148
+  _globals['_TOKENPROMPT']._serialized_start=150
+  _globals['_TOKENPROMPT']._serialized_end=224
+  _globals['_COMPRESSIONOPTIONS']._serialized_start=227
+  _globals['_COMPRESSIONOPTIONS']._serialized_end=555
+  _globals['_GENERATEREQUEST']._serialized_start=558
+  _globals['_GENERATEREQUEST']._serialized_end=808
+  _globals['_GENERATERESPONSE']._serialized_start=811
+  _globals['_GENERATERESPONSE']._serialized_end=990
+  _globals['_ACCEPTED']._serialized_start=992
+  _globals['_ACCEPTED']._serialized_end=1111
+  _globals['_PROGRESS']._serialized_start=1114
+  _globals['_PROGRESS']._serialized_end=1446
+  _globals['_PROGRESS_KIND']._serialized_start=1370
+  _globals['_PROGRESS_KIND']._serialized_end=1446
+  _globals['_TOKEN']._serialized_start=1448
+  _globals['_TOKEN']._serialized_end=1487
+  _globals['_STAGESECONDS']._serialized_start=1490
+  _globals['_STAGESECONDS']._serialized_end=1627
+  _globals['_SUMMARY']._serialized_start=1630
+  _globals['_SUMMARY']._serialized_end=2034
+  _globals['_SUMMARY_NODESBYWORKERENTRY']._serialized_start=1982
+  _globals['_SUMMARY_NODESBYWORKERENTRY']._serialized_end=2034
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=2036
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=2058
+  _globals['_SERVERWORKER']._serialized_start=2061
+  _globals['_SERVERWORKER']._serialized_end=2200
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=2203
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=2512
+  _globals['_LONGCONTEXT']._serialized_start=2515
+  _globals['_LONGCONTEXT']._serialized_end=2679
 # @@protoc_insertion_point(module_scope)

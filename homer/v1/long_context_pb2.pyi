@@ -1,3 +1,4 @@
+from homer.v1 import plan_pb2 as _plan_pb2
 from homer.v1 import sampling_pb2 as _sampling_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -29,20 +30,22 @@ class TokenPrompt(_message.Message):
     def __init__(self, prefix_ids: _Optional[_Iterable[int]] = ..., context_ids: _Optional[_Iterable[int]] = ..., suffix_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CompressionOptions(_message.Message):
-    __slots__ = ("max_chunk_len", "target_len", "warmup_layers", "max_initial_chunk_len", "fan_in", "refresh_suffix")
+    __slots__ = ("max_chunk_len", "target_len", "warmup_layers", "max_initial_chunk_len", "fan_in", "refresh_suffix", "plan")
     MAX_CHUNK_LEN_FIELD_NUMBER: _ClassVar[int]
     TARGET_LEN_FIELD_NUMBER: _ClassVar[int]
     WARMUP_LAYERS_FIELD_NUMBER: _ClassVar[int]
     MAX_INITIAL_CHUNK_LEN_FIELD_NUMBER: _ClassVar[int]
     FAN_IN_FIELD_NUMBER: _ClassVar[int]
     REFRESH_SUFFIX_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     max_chunk_len: int
     target_len: int
     warmup_layers: int
     max_initial_chunk_len: int
     fan_in: int
     refresh_suffix: bool
-    def __init__(self, max_chunk_len: _Optional[int] = ..., target_len: _Optional[int] = ..., warmup_layers: _Optional[int] = ..., max_initial_chunk_len: _Optional[int] = ..., fan_in: _Optional[int] = ..., refresh_suffix: _Optional[bool] = ...) -> None: ...
+    plan: _plan_pb2.PlanKind
+    def __init__(self, max_chunk_len: _Optional[int] = ..., target_len: _Optional[int] = ..., warmup_layers: _Optional[int] = ..., max_initial_chunk_len: _Optional[int] = ..., fan_in: _Optional[int] = ..., refresh_suffix: _Optional[bool] = ..., plan: _Optional[_Union[_plan_pb2.PlanKind, str]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "text", "tokens", "sampling", "compression", "return_kept_indices")

@@ -22,63 +22,64 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from homer.v1 import plan_pb2 as homer_dot_v1_dot_plan__pb2
 from homer.v1 import sampling_pb2 as homer_dot_v1_dot_sampling__pb2
 from homer.v1 import tensor_pb2 as homer_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15homer/v1/worker.proto\x12\x08homer.v1\x1a\x17homer/v1/sampling.proto\x1a\x15homer/v1/tensor.proto\"\'\n\x06NodeId\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\"\xe4\x01\n\x08PlanSpec\x12\x12\n\nprefix_len\x18\x01 \x01(\r\x12\x13\n\x0b\x63ontext_len\x18\x02 \x01(\x04\x12\x12\n\nsuffix_len\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x15\n\rmax_chunk_len\x18\x05 \x01(\r\x12\x12\n\ntarget_len\x18\x06 \x01(\r\x12\x15\n\rwarmup_layers\x18\x07 \x01(\r\x12\x1d\n\x15max_initial_chunk_len\x18\x08 \x01(\r\x12\x0e\n\x06\x66\x61n_in\x18\t \x01(\r\x12\x16\n\x0erefresh_suffix\x18\n \x01(\x08\"k\n\x0bRequestSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x04plan\x18\x02 \x01(\x0b\x32\x12.homer.v1.PlanSpec\x12\x12\n\nprefix_ids\x18\x03 \x03(\r\x12\x12\n\nsuffix_ids\x18\x04 \x03(\r\"\x81\x01\n\x11RunSubtreeRequest\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.homer.v1.RequestSpec\x12\x1e\n\x04node\x18\x02 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0b\x63ontext_ids\x18\x04 \x03(\r\"\x84\x01\n\x12RunSubtreeResponse\x12\x1e\n\x04node\x18\x01 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x19\n\x11\x63ontext_tokens_in\x18\x02 \x01(\r\x12\x1a\n\x12\x63ontext_tokens_out\x18\x03 \x01(\r\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\"?\n\x0cNodeLocation\x12\x1e\n\x04node\x18\x01 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x91\x01\n\x0cMergeRequest\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.homer.v1.RequestSpec\x12\x1e\n\x04node\x18\x02 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12(\n\x08\x63hildren\x18\x04 \x03(\x0b\x32\x16.homer.v1.NodeLocation\"\xca\x01\n\rMergeResponse\x12\x1e\n\x04node\x18\x01 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x19\n\x11\x63ontext_tokens_in\x18\x02 \x01(\r\x12\x1a\n\x12\x63ontext_tokens_out\x18\x03 \x01(\r\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x12\x18\n\x10transfer_seconds\x18\x05 \x01(\x01\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x04\x12\x17\n\x0f\x63ontext_indices\x18\x07 \x03(\r\"X\n\x11\x46\x65tchStateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04node\x18\x02 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"o\n\x0fGatherKvRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04node\x18\x02 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x17\n\x0f\x63ontext_indices\x18\x04 \x03(\r\"\xb5\x01\n\x15GenerateTokensRequest\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.homer.v1.RequestSpec\x12\x1e\n\x04node\x18\x02 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x17\n\x0fshard_addresses\x18\x04 \x03(\t\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.homer.v1.SamplingParams\"\xa9\x01\n\x16GenerateTokensResponse\x12+\n\x0b\x63\x61\x63he_ready\x18\x01 \x01(\x0b\x32\x14.homer.v1.CacheReadyH\x00\x12%\n\x05token\x18\x02 \x01(\x0b\x32\x14.homer.v1.TokenPieceH\x00\x12\x32\n\x07summary\x18\x03 \x01(\x0b\x32\x1f.homer.v1.GenerateTokensSummaryH\x00\x42\x07\n\x05\x65vent\"\x84\x01\n\nCacheReady\x12\x14\n\x0c\x63\x61\x63he_tokens\x18\x01 \x01(\r\x12\x16\n\x0egather_seconds\x18\x02 \x01(\x01\x12\x17\n\x0frefresh_seconds\x18\x03 \x01(\x01\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x04\x12\x17\n\x0f\x63ontext_indices\x18\x05 \x03(\r\"\x1e\n\nTokenPiece\x12\x10\n\x08token_id\x18\x01 \x01(\r\"x\n\x15GenerateTokensSummary\x12\x18\n\x10generated_tokens\x18\x01 \x01(\r\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.homer.v1.FinishReason\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x03 \x01(\x01\"\x98\x01\n\x0cPruneRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04node\x18\x02 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x17\n\x0f\x63ontext_indices\x18\x04 \x03(\r\x12\x15\n\rcontext_start\x18\x05 \x01(\x04\x12\x13\n\x0b\x63ontext_end\x18\x06 \x01(\x04\"$\n\rPruneResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"$\n\x0eReleaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"&\n\x0fReleaseResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"\x16\n\x14GetWorkerInfoRequest\"\xe9\x02\n\x15GetWorkerInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x1f\n\x17max_position_embeddings\x18\x08 \x01(\r\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x12\n\ncalibrated\x18\x0b \x01(\x08\x12\x14\n\x0cmax_distance\x18\x0c \x01(\r\x12\x15\n\rhomer_version\x18\r \x01(\t\x12\x15\n\rtorch_version\x18\x0e \x01(\t\x12\x1c\n\x14transformers_version\x18\x0f \x01(\t\x12\x12\n\nprocess_id\x18\x10 \x01(\r\"\x17\n\x15GetWorkerStatsRequest\"\xb9\x02\n\x16GetWorkerStatsResponse\x12\x10\n\x08requests\x18\x01 \x01(\r\x12\x13\n\x0bnode_states\x18\x02 \x01(\r\x12\x11\n\tkv_shards\x18\x03 \x01(\r\x12\x13\n\x0bstate_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ekv_shard_bytes\x18\x05 \x01(\x04\x12\x15\n\rrunning_calls\x18\x06 \x01(\r\x12\x12\n\nsent_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x08 \x01(\x04\x12\x13\n\x0bleaves_done\x18\t \x01(\x04\x12\x13\n\x0bmerges_done\x18\n \x01(\x04\x12\x18\n\x10generated_tokens\x18\x0b \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x0c \x01(\x04\x12\x19\n\x11\x61\x63\x63\x65lerator_bytes\x18\r \x01(\x04\x32\x89\x05\n\x06Worker\x12I\n\nRunSubtree\x12\x1b.homer.v1.RunSubtreeRequest\x1a\x1c.homer.v1.RunSubtreeResponse0\x01\x12\x38\n\x05Merge\x12\x16.homer.v1.MergeRequest\x1a\x17.homer.v1.MergeResponse\x12\x42\n\nFetchState\x12\x1b.homer.v1.FetchStateRequest\x1a\x15.homer.v1.TensorFrame0\x01\x12>\n\x08GatherKv\x12\x19.homer.v1.GatherKvRequest\x1a\x15.homer.v1.TensorFrame0\x01\x12U\n\x0eGenerateTokens\x12\x1f.homer.v1.GenerateTokensRequest\x1a .homer.v1.GenerateTokensResponse0\x01\x12\x38\n\x05Prune\x12\x16.homer.v1.PruneRequest\x1a\x17.homer.v1.PruneResponse\x12>\n\x07Release\x12\x18.homer.v1.ReleaseRequest\x1a\x19.homer.v1.ReleaseResponse\x12P\n\rGetWorkerInfo\x12\x1e.homer.v1.GetWorkerInfoRequest\x1a\x1f.homer.v1.GetWorkerInfoResponse\x12S\n\x0eGetWorkerStats\x12\x1f.homer.v1.GetWorkerStatsRequest\x1a .homer.v1.GetWorkerStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15homer/v1/worker.proto\x12\x08homer.v1\x1a\x13homer/v1/plan.proto\x1a\x17homer/v1/sampling.proto\x1a\x15homer/v1/tensor.proto\"\'\n\x06NodeId\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\"\x86\x02\n\x08PlanSpec\x12\x12\n\nprefix_len\x18\x01 \x01(\r\x12\x13\n\x0b\x63ontext_len\x18\x02 \x01(\x04\x12\x12\n\nsuffix_len\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x15\n\rmax_chunk_len\x18\x05 \x01(\r\x12\x12\n\ntarget_len\x18\x06 \x01(\r\x12\x15\n\rwarmup_layers\x18\x07 \x01(\r\x12\x1d\n\x15max_initial_chunk_len\x18\x08 \x01(\r\x12\x0e\n\x06\x66\x61n_in\x18\t \x01(\r\x12\x16\n\x0erefresh_suffix\x18\n \x01(\x08\x12 \n\x04plan\x18\x0b \x01(\x0e\x32\x12.homer.v1.PlanKind\"k\n\x0bRequestSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x04plan\x18\x02 \x01(\x0b\x32\x12.homer.v1.PlanSpec\x12\x12\n\nprefix_ids\x18\x03 \x03(\r\x12\x12\n\nsuffix_ids\x18\x04 \x03(\r\"\x81\x01\n\x11RunSubtreeRequest\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.homer.v1.RequestSpec\x12\x1e\n\x04node\x18\x02 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0b\x63ontext_ids\x18\x04 \x03(\r\"\x84\x01\n\x12RunSubtreeResponse\x12\x1e\n\x04node\x18\x01 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x19\n\x11\x63ontext_tokens_in\x18\x02 \x01(\r\x12\x1a\n\x12\x63ontext_tokens_out\x18\x03 \x01(\r\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\"?\n\x0cNodeLocation\x12\x1e\n\x04node\x18\x01 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x91\x01\n\x0cMergeRequest\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.homer.v1.RequestSpec\x12\x1e\n\x04node\x18\x02 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12(\n\x08\x63hildren\x18\x04 \x03(\x0b\x32\x16.homer.v1.NodeLocation\"\xca\x01\n\rMergeResponse\x12\x1e\n\x04node\x18\x01 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x19\n\x11\x63ontext_tokens_in\x18\x02 \x01(\r\x12\x1a\n\x12\x63ontext_tokens_out\x18\x03 \x01(\r\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x12\x18\n\x10transfer_seconds\x18\x05 \x01(\x01\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x04\x12\x17\n\x0f\x63ontext_indices\x18\x07 \x03(\r\"X\n\x11\x46\x65tchStateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04node\x18\x02 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"o\n\x0fGatherKvRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04node\x18\x02 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x17\n\x0f\x63ontext_indices\x18\x04 \x03(\r\"\xb5\x01\n\x15GenerateTokensRequest\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.homer.v1.RequestSpec\x12\x1e\n\x04node\x18\x02 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x17\n\x0fshard_addresses\x18\x04 \x03(\t\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.homer.v1.SamplingParams\"\xa9\x01\n\x16GenerateTokensResponse\x12+\n\x0b\x63\x61\x63he_ready\x18\x01 \x01(\x0b\x32\x14.homer.v1.CacheReadyH\x00\x12%\n\x05token\x18\x02 \x01(\x0b\x32\x14.homer.v1.TokenPieceH\x00\x12\x32\n\x07summary\x18\x03 \x01(\x0b\x32\x1f.homer.v1.GenerateTokensSummaryH\x00\x42\x07\n\x05\x65vent\"\x84\x01\n\nCacheReady\x12\x14\n\x0c\x63\x61\x63he_tokens\x18\x01 \x01(\r\x12\x16\n\x0egather_seconds\x18\x02 \x01(\x01\x12\x17\n\x0frefresh_seconds\x18\x03 \x01(\x01\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x04\x12\x17\n\x0f\x63ontext_indices\x18\x05 \x03(\r\"\x1e\n\nTokenPiece\x12\x10\n\x08token_id\x18\x01 \x01(\r\"x\n\x15GenerateTokensSummary\x12\x18\n\x10generated_tokens\x18\x01 \x01(\r\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.homer.v1.FinishReason\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x03 \x01(\x01\"\x98\x01\n\x0cPruneRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04node\x18\x02 \x01(\x0b\x32\x10.homer.v1.NodeId\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x17\n\x0f\x63ontext_indices\x18\x04 \x03(\r\x12\x15\n\rcontext_start\x18\x05 \x01(\x04\x12\x13\n\x0b\x63ontext_end\x18\x06 \x01(\x04\"$\n\rPruneResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"$\n\x0eReleaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"&\n\x0fReleaseResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"\x16\n\x14GetWorkerInfoRequest\"\xe9\x02\n\x15GetWorkerInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x1f\n\x17max_position_embeddings\x18\x08 \x01(\r\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x12\n\ncalibrated\x18\x0b \x01(\x08\x12\x14\n\x0cmax_distance\x18\x0c \x01(\r\x12\x15\n\rhomer_version\x18\r \x01(\t\x12\x15\n\rtorch_version\x18\x0e \x01(\t\x12\x1c\n\x14transformers_version\x18\x0f \x01(\t\x12\x12\n\nprocess_id\x18\x10 \x01(\r\"\x17\n\x15GetWorkerStatsRequest\"\xb9\x02\n\x16GetWorkerStatsResponse\x12\x10\n\x08requests\x18\x01 \x01(\r\x12\x13\n\x0bnode_states\x18\x02 \x01(\r\x12\x11\n\tkv_shards\x18\x03 \x01(\r\x12\x13\n\x0bstate_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ekv_shard_bytes\x18\x05 \x01(\x04\x12\x15\n\rrunning_calls\x18\x06 \x01(\r\x12\x12\n\nsent_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x08 \x01(\x04\x12\x13\n\x0bleaves_done\x18\t \x01(\x04\x12\x13\n\x0bmerges_done\x18\n \x01(\x04\x12\x18\n\x10generated_tokens\x18\x0b \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x0c \x01(\x04\x12\x19\n\x11\x61\x63\x63\x65lerator_bytes\x18\r \x01(\x04\x32\x89\x05\n\x06Worker\x12I\n\nRunSubtree\x12\x1b.homer.v1.RunSubtreeRequest\x1a\x1c.homer.v1.RunSubtreeResponse0\x01\x12\x38\n\x05Merge\x12\x16.homer.v1.MergeRequest\x1a\x17.homer.v1.MergeResponse\x12\x42\n\nFetchState\x12\x1b.homer.v1.FetchStateRequest\x1a\x15.homer.v1.TensorFrame0\x01\x12>\n\x08GatherKv\x12\x19.homer.v1.GatherKvRequest\x1a\x15.homer.v1.TensorFrame0\x01\x12U\n\x0eGenerateTokens\x12\x1f.homer.v1.GenerateTokensRequest\x1a .homer.v1.GenerateTokensResponse0\x01\x12\x38\n\x05Prune\x12\x16.homer.v1.PruneRequest\x1a\x17.homer.v1.PruneResponse\x12>\n\x07Release\x12\x18.homer.v1.ReleaseRequest\x1a\x19.homer.v1.ReleaseResponse\x12P\n\rGetWorkerInfo\x12\x1e.homer.v1.GetWorkerInfoRequest\x1a\x1f.homer.v1.GetWorkerInfoResponse\x12S\n\x0eGetWorkerStats\x12\x1f.homer.v1.GetWorkerStatsRequest\x1a .homer.v1.GetWorkerStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'homer.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NODEID']._serialized_start=83
-  _globals['_NODEID']._serialized_end=122
-  _globals['_PLANSPEC']._serialized_start=125
-  _globals['_PLANSPEC']._serialized_end=353
-  _globals['_REQUESTSPEC']._serialized_start=355
-  _globals['_REQUESTSPEC']._serialized_end=462
-  _globals['_RUNSUBTREEREQUEST']._serialized_start=465
-  _globals['_RUNSUBTREEREQUEST']._serialized_end=594
-  _globals['_RUNSUBTREERESPONSE']._serialized_start=597
-  _globals['_RUNSUBTREERESPONSE']._serialized_end=729
-  _globals['_NODELOCATION']._serialized_start=731
-  _globals['_NODELOCATION']._serialized_end=794
-  _globals['_MERGEREQUEST']._serialized_start=797
-  _globals['_MERGEREQUEST']._serialized_end=942
-  _globals['_MERGERESPONSE']._serialized_start=945
-  _globals['_MERGERESPONSE']._serialized_end=1147
-  _globals['_FETCHSTATEREQUEST']._serialized_start=1149
-  _globals['_FETCHSTATEREQUEST']._serialized_end=1237
-  _globals['_GATHERKVREQUEST']._serialized_start=1239
-  _globals['_GATHERKVREQUEST']._serialized_end=1350
-  _globals['_GENERATETOKENSREQUEST']._serialized_start=1353
-  _globals['_GENERATETOKENSREQUEST']._serialized_end=1534
-  _globals['_GENERATETOKENSRESPONSE']._serialized_start=1537
-  _globals['_GENERATETOKENSRESPONSE']._serialized_end=1706
-  _globals['_CACHEREADY']._serialized_start=1709
-  _globals['_CACHEREADY']._serialized_end=1841
-  _globals['_TOKENPIECE']._serialized_start=1843
-  _globals['_TOKENPIECE']._serialized_end=1873
-  _globals['_GENERATETOKENSSUMMARY']._serialized_start=1875
-  _globals['_GENERATETOKENSSUMMARY']._serialized_end=1995
-  _globals['_PRUNEREQUEST']._serialized_start=1998
-  _globals['_PRUNEREQUEST']._serialized_end=2150
-  _globals['_PRUNERESPONSE']._serialized_start=2152
-  _globals['_PRUNERESPONSE']._serialized_end=2188
-  _globals['_RELEASEREQUEST']._serialized_start=2190
-  _globals['_RELEASEREQUEST']._serialized_end=2226
-  _globals['_RELEASERESPONSE']._serialized_start=2228
-  _globals['_RELEASERESPONSE']._serialized_end=2266
-  _globals['_GETWORKERINFOREQUEST']._serialized_start=2268
-  _globals['_GETWORKERINFOREQUEST']._serialized_end=2290
-  _globals['_GETWORKERINFORESPONSE']._serialized_start=2293
-  _globals['_GETWORKERINFORESPONSE']._serialized_end=2654
-  _globals['_GETWORKERSTATSREQUEST']._serialized_start=2656
-  _globals['_GETWORKERSTATSREQUEST']._serialized_end=2679
-  _globals['_GETWORKERSTATSRESPONSE']._serialized_start=2682
-  _globals['_GETWORKERSTATSRESPONSE']._serialized_end=2995
-  _globals['_WORKER']._serialized_start=2998
-  _globals['_WORKER']._serialized_end=3647
+  _globals['_NODEID']._serialized_start=104
+  _globals['_NODEID']._serialized_end=143
+  _globals['_PLANSPEC']._serialized_start=146
+  _globals['_PLANSPEC']._serialized_end=408
+  _globals['_REQUESTSPEC']._serialized_start=410
+  _globals['_REQUESTSPEC']._serialized_end=517
+  _globals['_RUNSUBTREEREQUEST']._serialized_start=520
+  _globals['_RUNSUBTREEREQUEST']._serialized_end=649
+  _globals['_RUNSUBTREERESPONSE']._serialized_start=652
+  _globals['_RUNSUBTREERESPONSE']._serialized_end=784
+  _globals['_NODELOCATION']._serialized_start=786
+  _globals['_NODELOCATION']._serialized_end=849
+  _globals['_MERGEREQUEST']._serialized_start=852
+  _globals['_MERGEREQUEST']._serialized_end=997
+  _globals['_MERGERESPONSE']._serialized_start=1000
+  _globals['_MERGERESPONSE']._serialized_end=1202
+  _globals['_FETCHSTATEREQUEST']._serialized_start=1204
+  _globals['_FETCHSTATEREQUEST']._serialized_end=1292
+  _globals['_GATHERKVREQUEST']._serialized_start=1294
+  _globals['_GATHERKVREQUEST']._serialized_end=1405
+  _globals['_GENERATETOKENSREQUEST']._serialized_start=1408
+  _globals['_GENERATETOKENSREQUEST']._serialized_end=1589
+  _globals['_GENERATETOKENSRESPONSE']._serialized_start=1592
+  _globals['_GENERATETOKENSRESPONSE']._serialized_end=1761
+  _globals['_CACHEREADY']._serialized_start=1764
+  _globals['_CACHEREADY']._serialized_end=1896
+  _globals['_TOKENPIECE']._serialized_start=1898
+  _globals['_TOKENPIECE']._serialized_end=1928
+  _globals['_GENERATETOKENSSUMMARY']._serialized_start=1930
+  _globals['_GENERATETOKENSSUMMARY']._serialized_end=2050
+  _globals['_PRUNEREQUEST']._serialized_start=2053
+  _globals['_PRUNEREQUEST']._serialized_end=2205
+  _globals['_PRUNERESPONSE']._serialized_start=2207
+  _globals['_PRUNERESPONSE']._serialized_end=2243
+  _globals['_RELEASEREQUEST']._serialized_start=2245
+  _globals['_RELEASEREQUEST']._serialized_end=2281
+  _globals['_RELEASERESPONSE']._serialized_start=2283
+  _globals['_RELEASERESPONSE']._serialized_end=2321
+  _globals['_GETWORKERINFOREQUEST']._serialized_start=2323
+  _globals['_GETWORKERINFOREQUEST']._serialized_end=2345
+  _globals['_GETWORKERINFORESPONSE']._serialized_start=2348
+  _globals['_GETWORKERINFORESPONSE']._serialized_end=2709
+  _globals['_GETWORKERSTATSREQUEST']._serialized_start=2711
+  _globals['_GETWORKERSTATSREQUEST']._serialized_end=2734
+  _globals['_GETWORKERSTATSRESPONSE']._serialized_start=2737
+  _globals['_GETWORKERSTATSRESPONSE']._serialized_end=3050
+  _globals['_WORKER']._serialized_start=3053
+  _globals['_WORKER']._serialized_end=3702
 # @@protoc_insertion_point(module_scope)

@@ -149,17 +149,17 @@ def test_a_fan_in_too_wide_for_the_chunk_is_refused() -> None:
 def test_a_fan_in_too_narrow_for_the_layers_is_refused() -> None:
     config = HomerConfig(max_chunk_len=64, target_len=64, warmup_layers=0, fan_in=2)
     with pytest.raises(
-        PlanError, match="30 leaves with a fan-in of 2 make 6 levels.*leave fan_in out"
+        PlanError, match=r"30 leaves with a fan-in of 2 make 6 levels.*leave fan_in out"
     ):
         MergePlan.build(2, 1800, 2, 4, config)
 
 
 def test_paper_mode_differs_from_the_default_in_the_plan_and_the_suffix_alone() -> None:
-    settings = {"max_chunk_len": 64, "target_len": 64, "warmup_layers": 2}
+    settings = {"max_chunk_len": 64, "target_len": 64, "warmup_layers": 4}
     default, paper = HomerConfig(**settings), HomerConfig.paper(**settings)
     assert default.replace(plan="paper", refresh_suffix=False) == paper
     # Eight full chunks: the two plans are one.
-    ours, theirs = (MergePlan.build(2, 8 * 59, 3, 8, config) for config in (default, paper))
+    ours, theirs = (MergePlan.build(2, 8 * 60, 2, 8, config) for config in (default, paper))
     assert ours.nodes == theirs.nodes
     assert (ours.refreshes_suffix, theirs.refreshes_suffix) == (True, False)
 
@@ -173,6 +173,21 @@ def test_a_balanced_plan_takes_no_more_leaves_than_the_context_needs() -> None:
     assert max(leaf.context_in for leaf in ours.leaves) <= 59
     assert {leaf.context_in for leaf in ours.leaves} == {52, 53}
     check_plan(ours)
+
+
+@pytest.mark.parametrize("leaves", [3, 5, 9, 17, 33, 47])
+@pytest.mark.parametrize("fan_in", [2, 3, 4])
+def test_a_balanced_plan_gives_every_part_of_the_context_its_share(
+    leaves: int, fan_in: int
+) -> None:
+    """No leaf climbs alone and then takes as much of the root as all others together."""
+    config = HomerConfig(max_chunk_len=64, target_len=64, warmup_layers=2, fan_in=fan_in)
+    plan = MergePlan.build(2, leaves * 59, 3, 12, config)
+    assert len(plan.leaves) == leaves
+    for node in plan.merges:
+        spans = [plan.by_id[child] for child in node.children]
+        sizes = [child.context_end - child.context_start for child in spans]
+        assert max(sizes) - min(sizes) <= 59 + leaves
 
 
 def test_a_prompt_that_fits_is_one_leaf_with_every_layer_and_no_refresh() -> None:
@@ -189,7 +204,8 @@ def test_plan_needs_no_torch_and_no_third_party_package() -> None:
     code = (
         "import sys; before = set(sys.modules)\n"
         "from homer import HomerConfig, MergePlan\n"
-        "MergePlan.build(1, 500, 2, 8, HomerConfig(max_chunk_len=64, target_len=64, warmup_layers=0))\n"
+        "config = HomerConfig(max_chunk_len=64, target_len=64, warmup_layers=0)\n"
+        "MergePlan.build(1, 500, 2, 8, config)\n"
         "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
         "print(sorted(new - set(sys.stdlib_module_names)))"
     )
