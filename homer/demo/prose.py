@@ -16,7 +16,7 @@ PLACES = (
     "archive laboratory nursery sawmill smithy courthouse townhall boathouse granary cloister "
     "ferry inn aqueduct gatehouse cemetery playground stadium tannery"
 ).split()
-"""Sixty-six nouns for places; the multi-key task names its keys after them."""
+"""Nouns for places; the multi-key task names its keys after them."""
 
 PEOPLE = (
     "farmer baker sailor teacher doctor painter miller carpenter fisherman gardener shepherd "
@@ -31,9 +31,9 @@ THINGS = (
 ).split()
 
 ADJECTIVES = (
-    "old small quiet heavy bright wooden green narrow broken clean cold distant empty famous gentle "
-    "grey hidden large lonely modern muddy pale proud rusty shallow silver simple steep strange "
-    "warm yellow blue tired young cheerful patient"
+    "old small quiet heavy bright wooden green narrow broken clean cold distant empty famous "
+    "gentle grey hidden large lonely modern muddy pale proud rusty shallow silver simple "
+    "steep strange warm yellow blue tired young cheerful patient"
 ).split()
 
 VERBS = (
@@ -42,8 +42,8 @@ VERBS = (
 ).split()
 
 TIMES = (
-    "in the morning|after lunch|before sunset|on Monday|on Friday|last winter|every evening|at noon|"
-    "during the storm|in early spring|at midnight|on the first day|in summer|a week later|"
+    "in the morning|after lunch|before sunset|on Monday|on Friday|last winter|every evening|"
+    "at noon|during the storm|in early spring|at midnight|on the first day|in summer|a week later|"
     "without a word|for the second time|as usual|in the rain|by chance|with great care|"
     "to everyone's surprise|in the end|once again|before the meeting|when the bells rang"
 ).split("|")

@@ -99,7 +99,7 @@ def make_sample(
     keys
         How many keys a multi-key sample states.
     split
-        Training draws from ``"train"``, measurements from ``"test"``, ``make demo`` from ``"demo"``.
+        Training draws from ``"train"``, measurements from ``"test"``, the demo from ``"demo"``.
     """
     if task not in TASKS:
         raise ConfigError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
