@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
-from cluster.cut import PIECES_PER_WORKER
+from cluster.cut import PIECES_PER_WORKER, cut_plan
 from cluster.errors import WorkerCallError, WorkerLostError
 from cluster.job import (
     CacheReady,
@@ -28,7 +28,7 @@ from cluster.job import (
 )
 from cluster.run import JobRun, Merge, Piece
 from homer.errors import PromptError
-from homer.plan import NodeId
+from homer.plan import MergePlan, NodeId
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +77,10 @@ class Scheduler:
     def queued_jobs(self) -> int:
         """Jobs of which nothing has started."""
         return len(self._active) - self.running_jobs
+
+    def subtrees(self, plan: MergePlan) -> int:
+        """The number of subtrees into which a plan is cut."""
+        return len(cut_plan(plan, len(self.workers), self._pieces_per_worker))
 
     async def run(self, job: Job) -> AsyncIterator[JobEvent]:
         """Run `job`: progress events, the cache, tokens, then one `JobSummary`.

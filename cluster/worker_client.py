@@ -24,8 +24,9 @@ from cluster.job import (
     WorkerStats,
 )
 from homer.errors import PromptError
-from homer.plan import MergePlan, NodeId
+from homer.plan import NodeId
 from homer.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
+from workers.plan_wire import write_node, write_plan
 from workers.transport import CHANNEL_OPTIONS
 
 INFO_TIMEOUT_SECONDS = 10.0
@@ -77,7 +78,7 @@ class GrpcWorkerClient:
         top = job.plan.by_id[node]
         request = worker_pb2.RunSubtreeRequest(
             request=request_spec(job),
-            node=wire_node(node),
+            node=write_node(node),
             attempt=attempt,
             context_ids=job.context_ids[top.context_start : top.context_end],
         )
@@ -95,10 +96,10 @@ class GrpcWorkerClient:
     ) -> MergeDone:
         request = worker_pb2.MergeRequest(
             request=request_spec(job),
-            node=wire_node(node),
+            node=write_node(node),
             attempt=attempt,
             children=[
-                worker_pb2.NodeLocation(node=wire_node(child), address=address)
+                worker_pb2.NodeLocation(node=write_node(child), address=address)
                 for child, address in children
             ],
         )
@@ -120,7 +121,7 @@ class GrpcWorkerClient:
         merged = job.plan.by_id[node]
         request = worker_pb2.PruneRequest(
             request_id=job.request_id,
-            node=wire_node(node),
+            node=write_node(node),
             attempt=attempt,
             context_indices=context_indices,
             context_start=merged.context_start,
@@ -134,7 +135,7 @@ class GrpcWorkerClient:
     ) -> AsyncIterator[GenerateEvent]:
         request = worker_pb2.GenerateTokensRequest(
             request=request_spec(job),
-            node=wire_node(job.plan.root.id),
+            node=write_node(job.plan.root.id),
             attempt=attempt,
             shard_addresses=shard_addresses,
             sampling=wire_sampling(job.sampling),
@@ -183,34 +184,13 @@ class GrpcWorkerClient:
             raise WorkerCallError(f"worker {self.name}: {details}", code.name) from error
 
 
-def wire_node(node: NodeId) -> worker_pb2.NodeId:
-    return worker_pb2.NodeId(height=node.height, index=node.index)
-
-
 def request_spec(job: Job) -> worker_pb2.RequestSpec:
     """What every call says about its request."""
     return worker_pb2.RequestSpec(
         request_id=job.request_id,
-        plan=plan_spec(job.plan),
+        plan=write_plan(job.plan),
         prefix_ids=job.prefix_ids,
         suffix_ids=job.suffix_ids,
-    )
-
-
-def plan_spec(plan: MergePlan) -> worker_pb2.PlanSpec:
-    """Everything from which a worker builds the same plan."""
-    config = plan.config
-    return worker_pb2.PlanSpec(
-        prefix_len=plan.prefix_len,
-        context_len=plan.context_len,
-        suffix_len=plan.suffix_len,
-        num_layers=plan.num_layers,
-        max_chunk_len=config.max_chunk_len,
-        target_len=config.target_len,
-        warmup_layers=config.warmup_layers,
-        max_initial_chunk_len=config.max_initial_chunk_len or 0,
-        fan_in=config.fan_in or 0,
-        refresh_suffix=config.refresh_suffix,
     )
 
 

@@ -1,0 +1,173 @@
+"""`homer generate`: one question about one document."""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.cli import settings
+from cluster.cli.settings import DEFAULTS
+from cluster.errors import ServiceError
+from homer.errors import PromptError
+
+EXIT_INTERRUPTED = 130
+
+
+def generate(
+    context: Annotated[str, typer.Option(help="File with the document; - is stdin.")],
+    question: Annotated[str, typer.Option(help="The question; it comes after the document.")],
+    prefix: Annotated[str, typer.Option(help="Comes before the document.")] = "",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model folder in Hugging Face format, or a model id; not with --server."),
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="A running service (host:port) instead of a cluster here.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; 256 by default.", min=1)
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="0 is off.", min=0, max=1)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.", min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.", min=0)] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, no progress.")
+    ] = False,
+    workers: settings.Workers = DEFAULTS.workers,
+    cpu: settings.Cpu = DEFAULTS.cpu,
+    threads: settings.Threads = DEFAULTS.threads,
+    address: settings.Address = None,
+    dtype: settings.Dtype = DEFAULTS.dtype,
+    bias: settings.Bias = DEFAULTS.bias,
+    placement_timeout: settings.PlacementTimeout = DEFAULTS.placement_timeout_seconds,
+    max_chunk_len: settings.MaxChunkLen = None,
+    target_len: settings.TargetLen = None,
+    warmup_layers: settings.WarmupLayers = None,
+    max_initial_chunk_len: settings.MaxInitialChunkLen = None,
+    fan_in: settings.FanIn = None,
+    paper: settings.Paper = False,
+) -> None:
+    """Ask one question about one document, on a cluster for this question alone or on a service.
+
+    The answer goes to stdout, progress to stderr.
+    """
+    if (model is None) == (server is None):
+        raise typer.BadParameter("give either --model or --server")
+    from cluster.options import ServeOptions
+
+    document = _read(context)
+    compression = settings.overrides(
+        paper,
+        max_chunk_len=max_chunk_len,
+        target_len=target_len,
+        warmup_layers=warmup_layers,
+        max_initial_chunk_len=max_initial_chunk_len,
+        fan_in=fan_in,
+    )
+    request: dict[str, Any] = {
+        "context": document,
+        "question": question,
+        "prefix": prefix,
+        "compression": compression.given(),
+        "return_kept_indices": as_json,
+        "sampling": {
+            "max_tokens": max_tokens or 0,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+        },
+    }
+    try:
+        with settings.ended_by_signals(), ExitStack() as stack:
+            from cluster.cli.progress import progress_view
+
+            view = stack.enter_context(progress_view(quiet=as_json))
+            if model is not None:
+                options = ServeOptions(
+                    model=model,
+                    workers=workers,
+                    cpu=cpu,
+                    threads=threads,
+                    dtype=dtype,
+                    bias=bias,
+                    port=0,
+                    # Several may run on one cluster at once.
+                    name=f"homer-generate-{uuid.uuid4().hex}",
+                    placement_timeout_seconds=placement_timeout,
+                )
+                view.status(f"starting {workers} worker(s) …")
+                server = _start(stack, address, options)
+            _ask(server or "", request, view, as_json)
+    except KeyboardInterrupt:
+        typer.echo("homer: cancelled", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _read(context: str) -> str:
+    try:
+        raw = sys.stdin.buffer.read() if context == "-" else Path(context).read_bytes()
+        document = raw.decode("utf-8")
+    except OSError as error:
+        raise PromptError(f"cannot read the document {context}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"the document {context} is not UTF-8 text: {error}") from error
+    if not document:
+        raise PromptError(f"the document {context} is empty")
+    return document
+
+
+def _start(stack: ExitStack, address: str | None, options: Any) -> str:
+    from cluster.launch import ray_cluster, running_service
+
+    stack.enter_context(ray_cluster(address, options))
+    return stack.enter_context(running_service(options))
+
+
+def _ask(server: str, request: dict[str, Any], view: Any, as_json: bool) -> None:
+    from cluster.cli.progress import describe_summary
+    from cluster.client import HomerClient
+    from homer.v1 import long_context_pb2 as pb
+
+    told = 0
+    with HomerClient(server) as client:
+        for event in client.generate(**request):
+            match event:
+                case pb.Accepted():
+                    view.accepted(event)
+                case pb.Progress():
+                    view.progress(event)
+                case pb.Token() if not as_json:
+                    told += len(event.text)
+                    print(event.text, end="", flush=True)
+                case pb.Summary() if as_json:
+                    print(json.dumps(summary_to_json(event)))
+                    return
+                case pb.Summary():
+                    print(event.text[told:], flush=True)
+                    view.status(describe_summary(event))
+                    return
+    raise ServiceError("DATA_LOSS", "the service ended the answer before its summary")
+
+
+def summary_to_json(summary: Any) -> dict[str, Any]:
+    """A summary as JSON: the fields of `homer.v1.Summary` by their names, zeros included."""
+    from google.protobuf.json_format import MessageToDict
+
+    fields = MessageToDict(
+        summary,
+        preserving_proto_field_name=True,
+        always_print_fields_with_no_presence=True,
+    )
+    # JSON from protobuf writes 64-bit integers as text.
+    for name in ("prompt_tokens", "moved_bytes"):
+        fields[name] = int(fields[name])
+    fields["finish_reason"] = fields["finish_reason"].removeprefix("FINISH_REASON_").lower()
+    return fields

@@ -1,0 +1,298 @@
+"""The gRPC door: `homer.v1.LongContext` over `LongContextService`, with health and reflection.
+
+Translates messages and errors. Knows nothing about scheduling or Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Any, cast
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.errors import WorkerCallError, WorkerLostError
+from cluster.job import CacheReady, JobProgress, Sampling
+from cluster.service import (
+    Accepted,
+    Finished,
+    LongContextService,
+    Request,
+    ServiceEvent,
+    TextPrompt,
+    TokenText,
+)
+from cluster.text import PromptIds
+from homer import __version__
+from homer.errors import HomerError, PromptError
+from homer.v1 import long_context_pb2 as pb
+from homer.v1 import long_context_pb2_grpc, sampling_pb2
+from workers.errors import status_code
+from workers.plan_wire import read_plan_kind
+
+_log = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LongContext"].full_name
+STOP_GRACE_SECONDS = 5.0
+
+
+class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
+    """The servicer."""
+
+    def __init__(self, service: LongContextService) -> None:
+        self._service = service
+
+    async def Generate(  # noqa: N802 - gRPC's name
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        # Writes instead of yielding: so a cancel always arrives in here, and is passed on at once.
+        try:
+            with_indices = request.return_kept_indices
+            async with aclosing(
+                cast(Any, self._service.generate(request_from_wire(request)))
+            ) as events:
+                async for event in events:
+                    await context.write(event_to_wire(event, with_indices))
+        except HomerError as error:
+            await context.abort(wire_code(error), str(error))
+        except Exception:
+            _log.exception("request %r failed", request.request_id)
+            await context.abort(
+                grpc.StatusCode.INTERNAL, "the service failed; its log has the cause"
+            )
+
+    async def GetServerInfo(  # noqa: N802 - gRPC's name
+        self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetServerInfoResponse:
+        service = self._service
+        workers = await service.workers()
+        return pb.GetServerInfoResponse(
+            model=service.info.model,
+            homer_version=__version__,
+            num_layers=service.info.num_layers,
+            model_window=service.info.max_position_embeddings,
+            max_context_tokens=service.limits.context_tokens,
+            max_chunk_len=service.config.max_chunk_len,
+            target_len=service.config.target_len,
+            warmup_layers=service.config.warmup_layers,
+            calibrated=service.info.calibrated,
+            workers=[
+                pb.ServerWorker(
+                    name=worker.name,
+                    address=worker.address,
+                    device=service.info.device,
+                    ready=worker.ready,
+                    requests=worker.requests,
+                    state_bytes=worker.state_bytes,
+                    kv_shard_bytes=worker.kv_shard_bytes,
+                )
+                for worker in workers
+            ],
+            running_requests=service.scheduler.running_jobs,
+            queued_requests=service.scheduler.queued_jobs,
+        )
+
+
+class GrpcDoor:
+    """A gRPC server with the servicer, health and reflection on one port."""
+
+    def __init__(self, service: LongContextService, host: str, port: int) -> None:
+        self._service = service
+        self._host = host
+        self._port = port
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+
+    async def start(self) -> int:
+        """Serve; returns the bound port.
+
+        Raises
+        ------
+        OSError
+            When the port cannot be bound.
+        """
+        server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", self._service.limits.message_bytes),
+                # A port that is taken must be an error, not a second listener.
+                ("grpc.so_reuseport", 0),
+            )
+        )
+        long_context_pb2_grpc.add_LongContextServicer_to_server(
+            LongContextDoor(self._service), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        try:
+            port = server.add_insecure_port(f"{self._host}:{self._port}")
+        except RuntimeError as error:
+            raise OSError(
+                f"cannot listen on {self._host}:{self._port}: {error}; choose another --port, "
+                "or 0 for any free one"
+            ) from error
+        await server.start()
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._server = server
+        return port
+
+    async def stop(self) -> None:
+        """Refuse new requests, give running ones a moment, then cancel them."""
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(STOP_GRACE_SECONDS)
+
+
+def wire_code(error: HomerError) -> grpc.StatusCode:
+    """The status that an error means to a user."""
+    if isinstance(error, WorkerLostError):
+        return grpc.StatusCode.UNAVAILABLE
+    if isinstance(error, WorkerCallError):
+        return grpc.StatusCode[error.code]
+    return status_code(error)
+
+
+def request_from_wire(request: pb.GenerateRequest) -> Request:
+    """A request as the service knows it.
+
+    Raises
+    ------
+    PromptError
+        When it has no prompt.
+    """
+    prompt: TextPrompt | PromptIds
+    match request.WhichOneof("prompt"):
+        case "text":
+            prompt = TextPrompt(request.text.prefix, request.text.context, request.text.suffix)
+        case "tokens":
+            prompt = PromptIds(
+                list(request.tokens.prefix_ids),
+                list(request.tokens.context_ids),
+                list(request.tokens.suffix_ids),
+            )
+        case _:
+            raise PromptError("the request has no prompt; set text or tokens")
+    return Request(
+        prompt=prompt,
+        request_id=request.request_id,
+        sampling=sampling_from_wire(request.sampling),
+        compression=compression_from_wire(request.compression),
+    )
+
+
+def compression_from_wire(wire: pb.CompressionOptions) -> dict[str, Any]:
+    """The settings that a message sets, to 0 too: `HomerConfig` refuses what is wrong."""
+    settings = {field.name: value for field, value in wire.ListFields()}
+    if "plan" in settings:
+        settings["plan"] = read_plan_kind(settings["plan"])
+    return settings
+
+
+def sampling_from_wire(wire: sampling_pb2.SamplingParams) -> Sampling:
+    """Sampling settings, where 0 means off or the default; refused when out of range.
+
+    Raises
+    ------
+    PromptError
+        When a setting is out of its range.
+    """
+    problems = {
+        "temperature must be 0 (greedy) or more": wire.temperature >= 0,
+        "top_p must be from 0 (off) to 1": 0 <= wire.top_p <= 1,
+        "min_p must be from 0 (off) to 1": 0 <= wire.min_p <= 1,
+        "repetition_penalty must be 0 (off) or more": wire.repetition_penalty >= 0,
+    }
+    for message, holds in problems.items():
+        if not holds:
+            raise PromptError(f"{message}; got {getattr(wire, message.split()[0])}")
+    default = Sampling()
+    return Sampling(
+        max_new_tokens=wire.max_tokens or default.max_new_tokens,
+        temperature=wire.temperature,
+        top_p=wire.top_p or default.top_p,
+        top_k=wire.top_k,
+        min_p=wire.min_p,
+        repetition_penalty=wire.repetition_penalty or default.repetition_penalty,
+        seed=wire.seed if wire.HasField("seed") else None,
+        ignore_eos=wire.ignore_eos,
+    )
+
+
+def event_to_wire(event: ServiceEvent, with_indices: bool) -> pb.GenerateResponse:
+    """An event of the service as it travels."""
+    match event:
+        case Accepted(request_id, job, subtrees):
+            plan = job.plan
+            return pb.GenerateResponse(
+                accepted=pb.Accepted(
+                    request_id=request_id,
+                    prompt_tokens=plan.prompt_len,
+                    leaves=len(plan.leaves),
+                    levels=plan.height + 1,
+                    merges=len(plan.merges),
+                    subtrees=subtrees,
+                )
+            )
+        case JobProgress(done):
+            return pb.GenerateResponse(
+                progress=pb.Progress(
+                    kind=pb.Progress.KIND_MERGE if done.node.height else pb.Progress.KIND_LEAF,
+                    height=done.node.height,
+                    index=done.node.index,
+                    worker=event.worker,
+                    leaves_done=event.leaves_done,
+                    leaves_total=event.leaves_total,
+                    merges_done=event.merges_done,
+                    merges_total=event.merges_total,
+                    context_tokens_in=done.context_in,
+                    context_tokens_out=done.context_out,
+                    seconds=done.seconds,
+                )
+            )
+        case CacheReady():
+            return pb.GenerateResponse(
+                progress=pb.Progress(
+                    kind=pb.Progress.KIND_GATHER,
+                    context_tokens_out=len(event.context_indices),
+                    seconds=event.gather_seconds + event.refresh_seconds,
+                )
+            )
+        case TokenText(token_id, text):
+            return pb.GenerateResponse(token=pb.Token(token_id=token_id, text=text))
+        case Finished():
+            indices = event.summary.context_indices if with_indices else ()
+            return pb.GenerateResponse(summary=_summary(event, indices))
+
+
+def _summary(event: Finished, indices: Sequence[int]) -> pb.Summary:
+    summary, plan = event.summary, event.job.plan
+    stopped = summary.finish_reason == "stop"
+    return pb.Summary(
+        request_id=event.request_id,
+        prompt_tokens=plan.prompt_len,
+        leaves=len(plan.leaves),
+        kept_tokens=summary.kept_tokens,
+        generated_tokens=summary.generated_tokens,
+        finish_reason=(
+            sampling_pb2.FINISH_REASON_STOP if stopped else sampling_pb2.FINISH_REASON_LENGTH
+        ),
+        seconds=pb.StageSeconds(
+            queue=summary.seconds.queue,
+            leaves=summary.seconds.leaves,
+            merges=summary.seconds.merges,
+            gather=summary.seconds.gather,
+            time_to_first_token=summary.seconds.time_to_first_token,
+            decode=summary.seconds.decode,
+            total=summary.seconds.total,
+        ),
+        moved_bytes=summary.moved_bytes,
+        kept_context_indices=indices,
+        token_ids=event.token_ids,
+        text=event.text,
+        nodes_by_worker=summary.nodes_by_worker,
+    )

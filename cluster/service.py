@@ -1,0 +1,230 @@
+"""What the service does with a request, whatever door it came through.
+
+Turns text into token ids, checks limits, plans, runs the job on the scheduler, and turns tokens
+into text. Knows nothing about gRPC, HTTP or Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from cluster.errors import WorkerCallError, WorkerLostError
+from cluster.job import (
+    CacheReady,
+    Job,
+    JobProgress,
+    JobSummary,
+    Sampling,
+    TokenOut,
+    WorkerClient,
+    WorkerInfo,
+)
+from cluster.scheduler import Scheduler
+from cluster.text import PromptIds, PromptTokenizer
+from homer.config import HomerConfig
+from homer.errors import ModelError, PromptError
+from homer.plan import MergePlan
+
+MAX_REQUEST_ID_LENGTH = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most that one request may ask for."""
+
+    message_bytes: int = 64 << 20
+    context_tokens: int = 1 << 20
+    new_tokens: int = 1 << 16
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """A prompt as text."""
+
+    prefix: str
+    context: str
+    suffix: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One question about one document; `compression` overrides fields of the service's settings."""
+
+    prompt: TextPrompt | PromptIds
+    request_id: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
+    compression: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The request was understood and planned."""
+
+    request_id: str
+    job: Job
+    subtrees: int
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A generated token, and the text that became certain with it."""
+
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The whole answer."""
+
+    request_id: str
+    job: Job
+    summary: JobSummary
+    token_ids: Sequence[int]
+    text: str
+
+
+ServiceEvent = Accepted | JobProgress | CacheReady | TokenText | Finished
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """A worker and what it holds; `ready` is false where it does not answer."""
+
+    name: str
+    address: str
+    ready: bool
+    requests: int = 0
+    state_bytes: int = 0
+    kv_shard_bytes: int = 0
+
+
+class LongContextService:
+    """Answers requests with one model on one pool of workers.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+    info : WorkerInfo
+        What every worker of the pool is.
+    config : HomerConfig
+        The settings for requests that bring none.
+    tokenizer : PromptTokenizer, optional
+        Without one only prompts of token ids are answered, and answers have no text.
+    limits : Limits
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        info: WorkerInfo,
+        config: HomerConfig,
+        tokenizer: PromptTokenizer | None,
+        limits: Limits,
+    ) -> None:
+        self.scheduler = scheduler
+        self.info = info
+        self.config = config
+        self.limits = limits
+        self._tokenizer = tokenizer
+
+    async def generate(self, request: Request) -> AsyncIterator[ServiceEvent]:
+        """Answer `request`. Close the iterator to cancel.
+
+        Raises
+        ------
+        PromptError, PlanError, ConfigError
+            When the request cannot be answered as it is.
+        WorkerLostError, WorkerCallError
+            When the workers failed.
+        """
+        # Tokenizing a long document takes seconds: other requests must not wait for it.
+        request_id = request.request_id or uuid.uuid4().hex
+        job = await asyncio.to_thread(self._prepare, request)
+        yield Accepted(request_id, job, self.scheduler.subtrees(job.plan))
+        text = self._tokenizer.stream() if self._tokenizer else None
+        token_ids: list[int] = []
+        pieces: list[str] = []
+        # An async generator has `aclose`, which AsyncIterator does not promise.
+        async with aclosing(cast(Any, self.scheduler.run(job))) as events:
+            async for event in events:
+                match event:
+                    case TokenOut(token_id):
+                        token_ids.append(token_id)
+                        pieces.append(text.push(token_id) if text else "")
+                        yield TokenText(token_id, pieces[-1])
+                    case JobSummary():
+                        pieces.append(text.finish() if text else "")
+                        yield Finished(request_id, job, event, token_ids, "".join(pieces))
+                    case _:
+                        yield event
+
+    async def workers(self) -> list[WorkerState]:
+        """What each worker holds now."""
+        return list(await asyncio.gather(*(_state_of(w) for w in self.scheduler.workers)))
+
+    def _prepare(self, request: Request) -> Job:
+        prompt = request.prompt
+        if isinstance(prompt, TextPrompt):
+            prompt = self._tokenize(prompt)
+        if len(prompt.context) > self.limits.context_tokens:
+            raise PromptError(
+                f"the context has {len(prompt.context)} tokens; this service takes at most "
+                f"{self.limits.context_tokens}: shorten the document or serve with a higher "
+                "--max-context-tokens"
+            )
+        for name, ids in zip(("prefix", "context", "suffix"), prompt, strict=True):
+            if ids and max(ids) >= self.info.vocab_size:
+                raise PromptError(
+                    f"{name}_ids has token id {max(ids)}, but the model's vocabulary has "
+                    f"{self.info.vocab_size} tokens; tokenize with the model's own tokenizer"
+                )
+        if request.sampling.max_new_tokens > self.limits.new_tokens:
+            raise PromptError(
+                f"max_tokens is {request.sampling.max_new_tokens}; this service generates at most "
+                f"{self.limits.new_tokens}"
+            )
+        if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
+            raise PromptError(
+                f"the request id has {len(request.request_id)} characters; use at most "
+                f"{MAX_REQUEST_ID_LENGTH}, or leave it out"
+            )
+        config = self.config.replace(**request.compression)
+        plan = MergePlan.build(
+            len(prompt.prefix),
+            len(prompt.context),
+            len(prompt.suffix),
+            self.info.num_layers,
+            config,
+        )
+        # Workers refuse an id that was released before; a user may repeat theirs.
+        job_id = "-".join(filter(None, (request.request_id, uuid.uuid4().hex)))
+        return Job(job_id, plan, *prompt, sampling=request.sampling)
+
+    def _tokenize(self, prompt: TextPrompt) -> PromptIds:
+        if self._tokenizer is None:
+            raise ModelError(
+                f"the model {self.info.model} has no tokenizer: send token ids, or put its "
+                "tokenizer files beside it"
+            )
+        return self._tokenizer.prompt_ids(prompt.prefix, prompt.context, prompt.suffix)
+
+
+async def _state_of(worker: WorkerClient) -> WorkerState:
+    try:
+        stats = await worker.stats()
+    except (WorkerLostError, WorkerCallError):
+        return WorkerState(worker.name, worker.address, ready=False)
+    return WorkerState(
+        worker.name,
+        worker.address,
+        ready=True,
+        requests=stats.requests,
+        state_bytes=stats.state_bytes,
+        kv_shard_bytes=stats.kv_shard_bytes,
+    )

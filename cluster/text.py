@@ -1,0 +1,118 @@
+"""Text to token ids and back, by one rule.
+
+The prefix is tokenized with the tokenizer's special tokens (so the beginning-of-sequence token,
+where the model has one, comes first and is there even when the prefix is empty), context and suffix
+without. Each part is tokenized on its own. Knows nothing about models or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from homer.errors import ModelError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class PromptIds(NamedTuple):
+    """The token ids of a prompt's three parts."""
+
+    prefix: list[int]
+    context: list[int]
+    suffix: list[int]
+
+
+class PromptTokenizer:
+    """A model's own tokenizer, as `transformers` loads it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, model: str) -> PromptTokenizer | None:
+        """The tokenizer of a model; None where a model folder has none.
+
+        Raises
+        ------
+        ModelError
+            When there is one, but it cannot be loaded.
+        """
+        folder = Path(model)
+        if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(model))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot load the tokenizer of {model!r}: {error}") from error
+
+    def prompt_ids(self, prefix: str, context: str, suffix: str) -> PromptIds:
+        """Tokenize a prompt."""
+        return PromptIds(
+            self._ids(prefix, special=True),
+            self._ids(context, special=False),
+            self._ids(suffix, special=False),
+        )
+
+    def count_tokens(self, text: str) -> int:
+        """Number of tokens of a text, without special tokens."""
+        return len(self._ids(text, special=False))
+
+    def context_spans(self, context: str) -> list[tuple[int, int]]:
+        """Start and end, in characters, of each context token."""
+        encoded = self._tokenizer(
+            context, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return [(start, end) for start, end in encoded["offset_mapping"]]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of generated tokens, special tokens left out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def stream(self) -> TextStream:
+        """Decodes tokens one by one."""
+        return TextStream(self)
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        # Not verbose: a document longer than the model's window is what we are for.
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)[
+            "input_ids"
+        ]
+        return ids
+
+
+class TextStream:
+    """Gives the text that becomes certain with each token; all pieces together are the whole text.
+
+    A token may be a part of a character, and its spelling may depend on the token before it. So a
+    few tokens before the new ones are decoded along, and text is held back while its last character
+    is incomplete.
+    """
+
+    def __init__(self, tokenizer: PromptTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._known = 0
+        self._told = 0
+
+    def push(self, token_id: int) -> str:
+        """Take the next token; returns new text, often one word, sometimes nothing."""
+        self._ids.append(token_id)
+        return self._take(final=False)
+
+    def finish(self) -> str:
+        """What was held back when no more tokens come."""
+        return self._take(final=True)
+
+    def _take(self, *, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._known : self._told])
+        text = self._tokenizer.decode(self._ids[self._known :])
+        if len(text) <= len(before) or (text.endswith(_REPLACEMENT) and not final):
+            return ""
+        self._known, self._told = self._told, len(self._ids)
+        return text[len(before) :]
