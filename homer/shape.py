@@ -54,6 +54,7 @@ class ModelShape:
         config = _read_config(path_or_id)
         try:
             heads = config["num_attention_heads"]
+            dtype = config.get("dtype") or config.get("torch_dtype")
             return cls(
                 num_layers=config["num_hidden_layers"],
                 hidden_size=config["hidden_size"],
@@ -63,7 +64,7 @@ class ModelShape:
                 head_dim=config.get("head_dim") or config["hidden_size"] // heads,
                 vocab_size=config["vocab_size"],
                 window=config["max_position_embeddings"],
-                value_bytes=_VALUE_BYTES.get(config.get("dtype") or config.get("torch_dtype"), 4),
+                value_bytes=_VALUE_BYTES.get(str(dtype), 4),
             )
         except KeyError as error:
             raise ModelError(

@@ -77,6 +77,11 @@ class GoldenCase:
     def inputs(self) -> dict[str, torch.Tensor]:
         return _tensors(GOLDEN / self.name / "inputs.safetensors")
 
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids of prefix, context and suffix, each of shape (1, n)."""
+        return self.inputs["prefix_ids"], self.inputs["context_ids"], self.inputs["suffix_ids"]
+
     @cached_property
     def expected(self) -> dict[str, torch.Tensor]:
         return _tensors(GOLDEN / self.name / "expected.safetensors")

@@ -19,6 +19,7 @@ from homer.report import format_bytes, format_flops, plan_facts, plan_summary, p
 from homer.shape import ModelShape, homer_defaults
 from homer.state import NodeState
 from tests.golden_cases import model_dir
+from tests.homer.tiny import random_ids
 
 LENGTHS = (5, 700, 4)
 CONFIGS = {
@@ -30,14 +31,15 @@ CONFIGS = {
 }
 
 
-def make_ids(length: int) -> torch.Tensor:
-    return torch.randint(0, 128, (length,), generator=torch.Generator().manual_seed(length))
+def make_prompt() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    prefix, context, suffix = (random_ids(length, vocab=128) for length in LENGTHS)
+    return prefix, context, suffix
 
 
 def linear_flops(hm: HomerModel) -> int:
     """FLOPs of one run's linear layers, counted by torch; attention is not among them."""
     with FlopCounterMode(display=False) as counter:
-        hm.compress(*map(make_ids, LENGTHS))
+        hm.compress(*make_prompt())
     counts = counter.get_flop_counts()["Global"]
     assert all(op in LINEAR_OPS or "attention" in str(op) or "bmm" in str(op) for op in counts)
     return sum(counts.get(op, 0) for op in LINEAR_OPS)
@@ -81,7 +83,7 @@ def test_kv_bytes_are_what_the_states_weigh(name: str) -> None:
     hm = HomerModel.from_pretrained(model_dir(name), config, device="cpu")
     plan = hm.plan(*LENGTHS)
     cost = PlanCost.of(plan, ModelShape.load(model_dir(name)))
-    prefix_ids, context_ids, suffix_ids = map(make_ids, LENGTHS)
+    prefix_ids, context_ids, suffix_ids = make_prompt()
     encoder = TreeEncoder(hm.stack, plan, prefix_ids, suffix_ids)
     done: dict[NodeId, NodeState] = {}
     weighed = [0] * (plan.height + 1)

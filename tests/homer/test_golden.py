@@ -16,7 +16,6 @@ from homer.state import NodeState
 from tests.golden_cases import GoldenCase, case_names, faithful_names
 
 TOLERANCE = 1e-4
-PARTS = ("prefix", "context", "suffix")
 
 
 @cache
@@ -42,12 +41,7 @@ def test_compressed_context_is_the_authors(name: str) -> None:
     golden, model = load_case(name)
     expected = golden.expected
     reports: list[NodeReport] = []
-    context = model.compress(
-        golden.inputs["prefix_ids"],
-        golden.inputs["context_ids"],
-        golden.inputs["suffix_ids"],
-        on_node=reports.append,
-    )
+    context = model.compress(*golden.parts, on_node=reports.append)
 
     assert context.context_indices.tolist() == expected["kept_context_index"].tolist()
     assert context.position_ids.tolist() == expected["position_ids"].tolist()
@@ -78,7 +72,7 @@ def test_compressed_context_is_the_authors(name: str) -> None:
 @pytest.mark.parametrize("name", faithful_names())
 def test_answer_and_continuation_are_the_authors(name: str) -> None:
     golden, model = load_case(name)
-    context = model.compress(*(golden.inputs[f"{part}_ids"] for part in PARTS))
+    context = model.compress(*golden.parts)
     expected = golden.expected["greedy_forward"].tolist()
     tokens = model.generate(context, max_new_tokens=len(expected), ignore_eos=True)
     assert tokens.tolist() == expected
@@ -121,7 +115,7 @@ def test_yarn_is_transformers_own_to_the_last_bit(name: str) -> None:
 
 def test_where_the_authors_ignore_the_target_ours_holds() -> None:
     golden, model = load_case("a_lpc0")
-    context = model.compress(*(golden.inputs[f"{part}_ids"] for part in PARTS))
+    context = model.compress(*golden.parts)
     assert len(golden.expected["position_ids"]) > golden.config.target_len
     assert context.cache_len <= golden.config.target_len
     assert context.cache_len == golden.plan.kept_len
@@ -132,18 +126,13 @@ def run_node_by_node(
     golden: GoldenCase, model: HomerModel, check: Callable[[NodeState], None]
 ) -> CompressedContext:
     """What a cluster does: every leaf and every merge on its own."""
-    plan = model.plan(*(golden.inputs[f"{part}_ids"].numel() for part in PARTS))
-    encoder = TreeEncoder(
-        model.stack,
-        plan,
-        golden.inputs["prefix_ids"],
-        golden.inputs["suffix_ids"],
-        model.bias,
-    )
+    prefix_ids, context_ids, suffix_ids = golden.parts
+    plan = model.plan(prefix_ids.numel(), context_ids.numel(), suffix_ids.numel())
+    encoder = TreeEncoder(model.stack, plan, prefix_ids, suffix_ids, model.bias)
     done: dict[NodeId, NodeState] = {}
     for node in plan.nodes:
         if node.is_leaf:
-            ids = golden.inputs["context_ids"][0, node.context_start : node.context_end]
+            ids = context_ids[0, node.context_start : node.context_end]
             state = encoder.run_subtree(node.id, ids)
         else:
             state = encoder.merge(node.id, [done.pop(child) for child in node.children])

@@ -38,8 +38,19 @@ def load(
     return HomerModel.from_pretrained(model_dir(name), config, dtype=dtype, device=device)
 
 
-def prompt(prefix: int, context: int, suffix: int) -> list[torch.Tensor]:
-    return [random_ids(n, seed=n, vocab=VOCAB) for n in (prefix, context, suffix)]
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def prompt(prefix_len: int, context_len: int, suffix_len: int) -> Parts:
+    prefix, context, suffix = (
+        random_ids(n, seed=n, vocab=VOCAB) for n in (prefix_len, context_len, suffix_len)
+    )
+    return prefix, context, suffix
+
+
+def load_plain(name: str, **options: Any) -> Any:
+    """The model as transformers runs it."""
+    return AutoModelForCausalLM.from_pretrained(model_dir(name), **options).eval()
 
 
 @cache
@@ -58,8 +69,7 @@ def merged() -> CompressedContext:
 def test_a_prompt_that_fits_equals_the_plain_model_to_the_last_bit(
     name: str, dtype: str, device: str, prefix_len: int
 ) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(model_dir(name), dtype=getattr(torch, dtype))
-    plain = plain.to(device).eval()
+    plain = load_plain(name, dtype=getattr(torch, dtype)).to(device)
     parts = prompt(prefix_len, 150, 7)
     ids = torch.cat(parts)[None].to(device)
     hm = load(name, FITS, dtype, device)
@@ -77,7 +87,7 @@ def test_a_prompt_that_fits_equals_the_plain_model_to_the_last_bit(
 
 def test_a_prompt_that_fits_equals_the_plain_model_under_yarn() -> None:
     options: dict[str, Any] = {"max_position_embeddings": 256, "rope_parameters": YARN}
-    plain = AutoModelForCausalLM.from_pretrained(model_dir("A"), **options).eval()
+    plain = load_plain("A", **options)
     parts = prompt(4, 180, 5)
     context = HomerModel.from_pretrained(model_dir("A"), FITS, device="cpu", **options).compress(
         *parts
@@ -91,7 +101,7 @@ def test_a_prompt_that_fits_equals_the_plain_model_under_yarn() -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 40])
 def test_score_of_a_prompt_that_fits_is_the_plain_models(length: int) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(model_dir("A")).eval()
+    plain = load_plain("A")
     parts = prompt(5, 150, 7)
     continuation = random_ids(length, seed=1, vocab=VOCAB)
     hm = load("A", FITS)
@@ -114,7 +124,7 @@ def test_the_refreshed_suffix_is_the_plain_model_over_the_surviving_rows(name: s
     context = hm.compress(*parts)
     rest = context.cache_len - 6
     rows = [(k[None, :, :rest], v[None, :, :rest]) for k, v in context.layers]
-    plain = AutoModelForCausalLM.from_pretrained(model_dir(name)).eval()
+    plain = load_plain(name)
     with torch.inference_mode():
         out = plain(
             parts[2][None],
@@ -176,7 +186,8 @@ def test_compressing_twice_gives_the_same() -> None:
 
 
 def test_ids_may_have_a_batch_dimension_of_one() -> None:
-    context = load().compress(*(part[None] for part in prompt(3, 500, 6)))
+    prefix, context_ids, suffix = prompt(3, 500, 6)
+    context = load().compress(prefix[None], context_ids[None], suffix[None])
     assert torch.equal(context.logits, merged().logits)
 
 
@@ -188,7 +199,7 @@ def test_score_follows_the_greedy_answer() -> None:
 
 def test_the_model_runs_as_before_outside_homer() -> None:
     """The registered attention function is the plain one when no node runs."""
-    plain = AutoModelForCausalLM.from_pretrained(model_dir("A")).eval()
+    plain = load_plain("A")
     ids = random_ids(100, vocab=VOCAB)[None]
     with torch.inference_mode():
         assert torch.equal(load().model(ids).logits, plain(ids).logits)
@@ -302,10 +313,11 @@ def test_sampling_out_of_range_is_refused(settings: dict[str, Any], message: str
 def test_ids_that_the_model_cannot_read_are_refused(
     part: int, ids: torch.Tensor, message: str
 ) -> None:
-    parts = prompt(3, 100, 6)
+    parts = list(prompt(3, 100, 6))
     parts[part] = ids
+    prefix, context, suffix = parts
     with pytest.raises(PromptError, match=message):
-        load().compress(*parts)
+        load().compress(prefix, context, suffix)
 
 
 @pytest.mark.parametrize(

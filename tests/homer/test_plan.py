@@ -134,10 +134,10 @@ def test_impossible_lengths_are_refused_with_the_setting_to_change(name: str) ->
         ({"fan_in": 1}, "fan_in is 1; set it to 2 or more"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, int], message: str) -> None:
-    good = {"max_chunk_len": 64, "target_len": 64, "warmup_layers": 2}
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"max_chunk_len": 64, "target_len": 64, "warmup_layers": 2}
     with pytest.raises(ConfigError, match=message):
-        HomerConfig(**(good | settings))  # type: ignore[arg-type]
+        HomerConfig(**(good | settings))
 
 
 def test_a_fan_in_too_wide_for_the_chunk_is_refused() -> None:
@@ -155,7 +155,7 @@ def test_a_fan_in_too_narrow_for_the_layers_is_refused() -> None:
 
 
 def test_paper_mode_differs_from_the_default_in_the_plan_and_the_suffix_alone() -> None:
-    settings = {"max_chunk_len": 64, "target_len": 64, "warmup_layers": 4}
+    settings: dict[str, Any] = {"max_chunk_len": 64, "target_len": 64, "warmup_layers": 4}
     default, paper = HomerConfig(**settings), HomerConfig.paper(**settings)
     assert default.replace(plan="paper", refresh_suffix=False) == paper
     # Eight full chunks: the two plans are one.
@@ -165,7 +165,7 @@ def test_paper_mode_differs_from_the_default_in_the_plan_and_the_suffix_alone() 
 
 
 def test_a_balanced_plan_takes_no_more_leaves_than_the_context_needs() -> None:
-    settings = {"max_chunk_len": 64, "target_len": 64, "warmup_layers": 2}
+    settings: dict[str, Any] = {"max_chunk_len": 64, "target_len": 64, "warmup_layers": 2}
     lengths = (2, 8 * 59 + 1, 3, 12)
     ours = MergePlan.build(*lengths, HomerConfig(**settings))
     theirs = MergePlan.build(*lengths, HomerConfig.paper(**settings))
