@@ -193,14 +193,17 @@ class MergePlan:
 
     def subtree(self, node_id: NodeId) -> tuple[PlanNode, ...]:
         """The nodes of the subtree under `node_id`, itself last, in post-order."""
-        end = next(i for i, node in enumerate(self.nodes) if node.id == node_id)
-        start = end
-        pending = list(self.nodes[end].children)
-        while pending:
-            start -= 1
-            pending.remove(self.nodes[start].id)
-            pending.extend(self.nodes[start].children)
-        return self.nodes[start : end + 1]
+        start, end = self._subtree_bounds[node_id]
+        return self.nodes[start:end]
+
+    @cached_property
+    def _subtree_bounds(self) -> dict[NodeId, tuple[int, int]]:
+        """Where in `nodes` each node's subtree starts and ends."""
+        bounds: dict[NodeId, tuple[int, int]] = {}
+        for place, node in enumerate(self.nodes):
+            start = bounds[node.children[0]][0] if node.children else place
+            bounds[node.id] = (start, place + 1)
+        return bounds
 
 
 def _check_lengths(
