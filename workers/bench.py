@@ -39,7 +39,7 @@ class StreamSpeed:
     runs: int
     raw_gb_per_second: float
     stream_gb_per_second: float
-    # The median over the pairs of neighbouring runs: what else the machine does hits both of a pair.
+    # Median over pairs of neighbouring runs: what else the machine does hits both of a pair.
     ratio: float
 
 
@@ -91,7 +91,7 @@ async def _compare(megabytes: int, runs: int, grpc_port: int, raw_port: int) -> 
 
 
 def _receive_raw(port: int, total_bytes: int) -> None:
-    memory = memoryview(numpy.empty(total_bytes, dtype=numpy.uint8))
+    memory = numpy.empty(total_bytes, dtype=numpy.uint8).data
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(b"x")
         filled = 0
@@ -113,7 +113,7 @@ async def _serve(megabytes: int) -> None:
             yield frame
 
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    handler = grpc.unary_stream_rpc_method_handler(fetch)
+    handler: grpc.RpcMethodHandler = grpc.unary_stream_rpc_method_handler(fetch)
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(SERVICE.full_name, {"FetchState": handler}),)
     )
@@ -128,7 +128,7 @@ async def _serve(megabytes: int) -> None:
 
 
 def _serve_raw(listener: socket.socket, total_bytes: int) -> None:
-    payload = memoryview(numpy.ones(total_bytes, dtype=numpy.uint8))
+    payload = numpy.ones(total_bytes, dtype=numpy.uint8).data
     while True:
         connection, _ = listener.accept()
         with connection:

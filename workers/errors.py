@@ -9,6 +9,7 @@ import grpc
 
 from homer.errors import (
     BiasError,
+    Cancelled,
     ConfigError,
     HomerError,
     ModelError,
@@ -55,6 +56,7 @@ class PeerError(HomerError):
 _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (UnknownStateError, grpc.StatusCode.NOT_FOUND),
     (StaleCallError, grpc.StatusCode.ABORTED),
+    (Cancelled, grpc.StatusCode.CANCELLED),
     (NotReadyError, grpc.StatusCode.UNAVAILABLE),
     (TensorLimitError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (TensorStreamError, grpc.StatusCode.DATA_LOSS),

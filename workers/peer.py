@@ -6,7 +6,7 @@ Knows nothing about models or trees.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -23,7 +23,7 @@ class PeerPool:
     Parameters
     ----------
     on_received : callable
-        Told the size in bytes of each message of a tensor stream.
+        Told the size in bytes of each message of every tensor stream.
     """
 
     def __init__(self, on_received: Callable[[int], None]) -> None:
@@ -37,8 +37,11 @@ class PeerPool:
         request: Any,
         limits: Limits,
         check: Callable[[Sequence[Spec]], None],
-    ) -> AsyncIterator[NamedTensor]:
+        on_received: Callable[[int], None] | None = None,
+    ) -> AsyncGenerator[NamedTensor, None]:
         """Call a tensor stream of the worker at `address`; yields tensors as they are complete.
+
+        `on_received` is told the size in bytes of each message of this stream.
 
         Raises
         ------
@@ -52,6 +55,8 @@ class PeerPool:
         try:
             async for message in call:
                 self._on_received(len(message))
+                if on_received is not None:
+                    on_received(len(message))
                 for named in reader.feed(decode_frame(message)):
                     yield named
         except grpc.aio.AioRpcError as error:

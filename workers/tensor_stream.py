@@ -1,9 +1,9 @@
 """Tensors as a stream of frames: a typed header, raw little-endian data, a trailer with a checksum.
 
 The frames are `homer.v1.TensorFrame` on the wire. Data frames are written and read by hand, because
-generated code would copy every byte twice more; the bytes are the same. Nothing here unpickles, and a
-receiver checks everything that a header announces before it takes memory. Knows nothing about gRPC,
-and nothing about what the tensors mean.
+generated code would copy every byte twice more; the bytes are the same. Nothing here unpickles, and
+a receiver checks everything that a header announces before it takes memory. Knows nothing about
+gRPC, and nothing about what the tensors mean.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def encode_stream(
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order; no copy where it is contiguous and in main memory."""
+    """A tensor's bytes in row-major order; not copied where contiguous and in main memory."""
     flat = tensor.detach().to("cpu").contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def encode_data(pieces: Sequence[memoryview]) -> bytes:
@@ -185,8 +185,8 @@ class StreamReader:
     check : callable, optional
         Called with the announced specs before memory is taken; raises what it thinks of them.
 
-    `feed` returns the tensors that a frame completed. The last tensor is held back until the checksum
-    agrees, so that whoever waits for all of them never goes on with damaged data.
+    `feed` returns the tensors that a frame completed. The last tensor is held back until the
+    checksum agrees, so that whoever waits for all of them never goes on with damaged data.
     """
 
     def __init__(
@@ -255,7 +255,8 @@ class StreamReader:
             )
         if total > self._limits.total_bytes:
             raise TensorLimitError(
-                f"a tensor stream announces {total} bytes; at most {self._limits.total_bytes} are accepted"
+                f"a tensor stream announces {total} bytes; "
+                f"at most {self._limits.total_bytes} are accepted"
             )
         if self._check is not None:
             self._check(specs)
@@ -290,7 +291,7 @@ class StreamReader:
     def _close(self, trailer: tensor_pb2.TensorTrailer) -> None:
         if self._current < len(self._tensors):
             raise TensorStreamError(
-                f"a tensor stream ended with {self._current} of {len(self._tensors)} tensors complete"
+                f"a tensor stream ended after {self._current} of {len(self._tensors)} tensors"
             )
         if self._checksum.intdigest() != trailer.checksum:
             raise TensorStreamError(
@@ -312,7 +313,7 @@ class StreamReader:
 
 
 def _allocate(spec: Spec) -> torch.Tensor:
-    """Memory for a tensor. numpy asks for huge pages, which torch does not: far fewer page faults."""
+    """Memory for a tensor. numpy asks for huge pages, torch does not: far fewer page faults."""
     if not spec.nbytes:
         return torch.empty(spec.shape, dtype=spec.dtype)
     memory = numpy.empty(spec.nbytes, dtype=numpy.uint8)
@@ -325,7 +326,7 @@ def _read_spec(spec: tensor_pb2.TensorSpec) -> Spec:
         raise TensorStreamError(f"tensor {spec.name!r} has the unknown type number {spec.dtype}")
     if len(spec.shape) > MAX_RANK:
         raise TensorLimitError(
-            f"tensor {spec.name!r} has {len(spec.shape)} dimensions; at most {MAX_RANK} are accepted"
+            f"tensor {spec.name!r} has {len(spec.shape)} dimensions; at most {MAX_RANK} can be"
         )
     if any(size > MAX_SIZE for size in spec.shape):
         raise TensorLimitError(f"tensor {spec.name!r} has the impossible shape {list(spec.shape)}")

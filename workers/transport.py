@@ -5,7 +5,7 @@ Knows nothing about what the calls do.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
@@ -46,7 +46,7 @@ def method_path(name: str) -> str:
 
 
 def worker_handlers(servicer: object) -> grpc.GenericRpcHandler:
-    """Handlers for a servicer of `homer.v1.Worker`, as the generated code makes them but for one thing.
+    """Handlers for a servicer of `homer.v1.Worker`, as generated code makes them but for one thing.
 
     Methods that stream tensors give frames that are encoded already.
     """
@@ -71,9 +71,9 @@ def worker_handlers(servicer: object) -> grpc.GenericRpcHandler:
 
 def tensor_call(channel: grpc.aio.Channel, name: str, request: Any) -> Any:
     """Call a method that streams tensors; yields its frames as they came, for `decode_frame`."""
-    multi = channel.unary_stream(
+    multi: Any = channel.unary_stream(
         method_path(name),
         request_serializer=type(request).SerializeToString,
         response_deserializer=None,
     )
-    return cast(Any, multi)(request)
+    return multi(request)

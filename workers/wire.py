@@ -1,6 +1,6 @@
 """Between `homer.v1` messages and tensors on one side and `homer`'s own types on the other.
 
-Knows nothing about calls, jobs or what is held.
+What needs no torch is in `plan_wire`. Knows nothing about calls, jobs or what is held.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from homer.config import HomerConfig
 from homer.context import KVRows
 from homer.errors import PromptError, StateError
 from homer.generation import FinishReason
@@ -18,25 +17,18 @@ from homer.plan import MergePlan, NodeId, PlanNode
 from homer.sampling import SamplingParams
 from homer.stack import LayerStack
 from homer.state import KVShard, LayerKV, NodeState, rows_of
-from homer.v1 import plan_pb2, sampling_pb2, worker_pb2
+from homer.v1 import sampling_pb2, worker_pb2
+from workers import plan_wire
 from workers.errors import TensorStreamError
 from workers.tensor_stream import NamedTensor, Spec
 
-# A plan is made before the context is seen: this bounds what one small message can make us build.
+# A plan is made before the context is seen: this bounds what a small message can make us build.
 MAX_CONTEXT_TOKENS = 1 << 26
 
 FINISH_REASONS = {
     FinishReason.STOP: sampling_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: sampling_pb2.FINISH_REASON_LENGTH,
 }
-
-
-def read_node(node: worker_pb2.NodeId) -> NodeId:
-    return NodeId(node.height, node.index)
-
-
-def write_node(node: NodeId) -> worker_pb2.NodeId:
-    return worker_pb2.NodeId(height=node.height, index=node.index)
 
 
 def read_plan(spec: worker_pb2.PlanSpec, stack: LayerStack) -> MergePlan:
@@ -58,20 +50,9 @@ def read_plan(spec: worker_pb2.PlanSpec, stack: LayerStack) -> MergePlan:
         )
     if spec.context_len > MAX_CONTEXT_TOKENS:
         raise PromptError(
-            f"the context has {spec.context_len} tokens; at most {MAX_CONTEXT_TOKENS} can be planned"
+            f"the context has {spec.context_len} tokens; at most {MAX_CONTEXT_TOKENS} can be run"
         )
-    config = HomerConfig(
-        max_chunk_len=spec.max_chunk_len,
-        target_len=spec.target_len,
-        warmup_layers=spec.warmup_layers,
-        max_initial_chunk_len=spec.max_initial_chunk_len or None,
-        plan="paper" if spec.plan == plan_pb2.PLAN_KIND_PAPER else "balanced",
-        fan_in=spec.fan_in or None,
-        refresh_suffix=spec.refresh_suffix,
-    )
-    return MergePlan.build(
-        spec.prefix_len, spec.context_len, spec.suffix_len, spec.num_layers, config
-    )
+    return plan_wire.read_plan(spec)
 
 
 def read_sampling(params: sampling_pb2.SamplingParams) -> SamplingParams:
@@ -157,8 +138,8 @@ def gather_tensors(
 ) -> tuple[list[Spec], Iterator[torch.Tensor]]:
     """The rows of `shards` whose context index is in `kept`, as they travel.
 
-    For each layer `keys.N` and `values.N`; before them, where the rows differ from those of the layer
-    before, `indices.N`. Tensors are made one at a time, as they are asked for.
+    For each layer `keys.N` and `values.N`; before them, where the rows differ from those of the
+    layer before, `indices.N`. Tensors are made one at a time, as they are asked for.
     """
     chosen = [(shard, rows_of(shard.context_indices, kept)) for shard in shards]
     specs: list[Spec] = []

@@ -1,0 +1,89 @@
+"""`python -m workers --model PATH`: one worker process, without Ray.
+
+Prints one line when it is ready: `homer-worker ready host=… port=… pid=…`. Everything else goes to
+stderr. SIGTERM or SIGINT makes it finish what runs and end; a second one ends it at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import sys
+
+from homer.errors import HomerError
+from workers.options import WorkerOptions
+from workers.server import WorkerServer
+
+_HELP = {
+    "model": "folder in Hugging Face format, or model id",
+    "host": "address to listen on; other workers must reach it",
+    "port": "port to listen on; 0 takes a free one",
+    "device": "auto, cpu or cuda:N",
+    "dtype": "auto, float32, bfloat16 or float16",
+    "threads": "threads of a model run on the CPU; 0 leaves it to torch",
+    "bias": "calibration bias file; by default the one beside the model",
+    "grace_seconds": "how long running calls may take to end on SIGTERM",
+}
+
+
+def parse_options(arguments: list[str] | None = None) -> WorkerOptions:
+    """Options from a command line; names and defaults are those of `WorkerOptions`."""
+    parser = argparse.ArgumentParser(prog="python -m workers", description="Serve a worker.")
+    for field in dataclasses.fields(WorkerOptions):
+        name = "--" + field.name.replace("_", "-")
+        if field.default is dataclasses.MISSING:
+            parser.add_argument(name, required=True, help=_HELP[field.name])
+        else:
+            default = field.default
+            kind = str if default is None else type(default)
+            shown = "" if default is None else f" (default: {default})"
+            parser.add_argument(name, type=kind, default=default, help=_HELP[field.name] + shown)
+    return WorkerOptions(**vars(parser.parse_args(arguments)))
+
+
+async def serve(options: WorkerOptions) -> None:
+    """Serve until a signal comes."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    server = WorkerServer(options)
+    starting = asyncio.create_task(server.start())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        # A load cannot be interrupted, and nothing is lost by ending in the middle of it.
+        os._exit(0)
+    starting.result()
+    print(
+        f"homer-worker ready host={options.host} port={server.port} pid={os.getpid()}", flush=True
+    )
+    await stopping
+    for number in signals:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
+    logging.getLogger("workers").info("draining")
+    await server.stop()
+
+
+def main() -> int:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        asyncio.run(serve(parse_options()))
+    except HomerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

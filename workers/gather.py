@@ -1,0 +1,123 @@
+"""The rows of the final cache on their way from other workers, layer by layer.
+
+The event loop pulls from all peers at once; the compute thread asks for one layer after the other
+and waits only for rows that have not come yet. Knows nothing about what the rows are used for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
+
+import torch
+
+from homer.context import KVRows
+from homer.errors import Cancelled
+from homer.stack import LayerStack
+from homer.v1 import worker_pb2
+from workers.errors import TensorStreamError
+from workers.peer import PeerPool
+from workers.tensor_stream import Limits
+from workers.wire import LayerRows, gather_check
+
+
+class Gather:
+    """Pulls the rows for `request` from every worker of `addresses`.
+
+    Use it as an async context manager; leaving it early stops the pulls and whoever waits for them.
+    """
+
+    def __init__(
+        self,
+        peers: PeerPool,
+        addresses: Sequence[str],
+        request: worker_pb2.GatherKvRequest,
+        stack: LayerStack,
+    ) -> None:
+        self._peers = peers
+        self._request = request
+        self._stack = stack
+        self._rows: list[list[Future[KVRows] | None]] = [
+            [Future() for _ in range(stack.num_layers)] for _ in addresses
+        ]
+        self._addresses = addresses
+        self._tasks: list[asyncio.Task[None]] = []
+        self.received_bytes = 0
+        # When the last row came, by time.perf_counter().
+        self.ended = time.perf_counter()
+
+    async def __aenter__(self) -> Gather:
+        self._tasks = [
+            asyncio.create_task(self._pull(address, futures))
+            for address, futures in zip(self._addresses, self._rows, strict=True)
+        ]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def layer(self, layer: int) -> list[KVRows]:
+        """Rows of `layer` from every peer; waits for them. Not for the event loop.
+
+        Each layer can be asked for once: nothing is kept.
+        """
+        out: list[KVRows] = []
+        for futures in self._rows:
+            future, futures[layer] = futures[layer], None
+            if future is not None:
+                out.append(future.result())
+        return out
+
+    def _count(self, message_bytes: int) -> None:
+        self.received_bytes += message_bytes
+
+    async def _pull(self, address: str, futures: list[Future[KVRows] | None]) -> None:
+        stack, max_rows = self._stack, len(self._request.context_indices)
+        row_bytes = 2 * stack.num_kv_heads * stack.head_dim * stack.dtype.itemsize
+        limits = Limits(
+            total_bytes=stack.num_layers * max_rows * (row_bytes + torch.int32.itemsize),
+            tensors=3 * stack.num_layers,
+        )
+        # Rows that were handed over are not held on to.
+        waiting = list(futures)
+        layers = LayerRows(stack.device)
+        try:
+            check = gather_check(stack, max_rows)
+            pulling = self._peers.pull(
+                address, "GatherKv", self._request, limits, check, on_received=self._count
+            )
+            async with aclosing(pulling) as pulled:
+                async for named in pulled:
+                    complete = layers.take(named)
+                    if complete is not None:
+                        layer, rows = complete
+                        future, waiting[layer] = waiting[layer], None
+                        _settle(future, rows=rows)
+            error: BaseException = TensorStreamError(f"worker {address} left layers out")
+        except asyncio.CancelledError:
+            error = Cancelled("the gather was stopped")
+            raise
+        except Exception as failure:
+            error = failure
+        finally:
+            self.ended = time.perf_counter()
+            for future in waiting:
+                _settle(future, error=error)
+
+
+def _settle(
+    future: Future[KVRows] | None,
+    rows: KVRows | None = None,
+    error: BaseException | None = None,
+) -> None:
+    if future is None or future.done():
+        return
+    if rows is not None:
+        future.set_result(rows)
+    else:
+        future.set_exception(error)

@@ -1,0 +1,49 @@
+"""Settings of one worker process. The command line takes its options and defaults from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from homer.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """Settings of one worker.
+
+    Parameters
+    ----------
+    model : str
+        A folder in Hugging Face format, or a model id.
+    host : str
+        Address to listen on. Other workers must be able to reach it.
+    port : int
+        0 takes a free one.
+    device : str
+        "auto" is the first GPU where there is one, else the CPU.
+    dtype : str
+        "auto" is the checkpoint's own; or float32, float16, bfloat16.
+    threads : int
+        Threads of a model run on the CPU. 0 leaves it to torch.
+    bias : str, optional
+        Calibration bias file. By default the one beside the model, if there is one.
+    grace_seconds : float
+        How long running calls may take to end when the worker is asked to stop.
+    """
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0
+    bias: str | None = None
+    grace_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; use 1 to 65535, or 0 for a free one")
+        if self.threads < 0:
+            raise ConfigError(f"threads is {self.threads}; use 1 or more, or 0 for the default")
+        if self.grace_seconds < 0:
+            raise ConfigError(f"grace_seconds is {self.grace_seconds}; use 0 or more")

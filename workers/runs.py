@@ -1,0 +1,301 @@
+"""The work behind the calls: subtrees, merges and answers, step by step.
+
+Each is the work of one job. They leave what is held for the request as it was until they succeed,
+so that a call that failed or was stopped can be repeated. Knows nothing about gRPC servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+import torch
+
+from homer.encode import TreeEncoder
+from homer.errors import PromptError, StateError
+from homer.generation import FinishReason, generate_tokens
+from homer.plan import NodeId, PlanNode
+from homer.sampling import SamplingParams
+from homer.state import NodeState, rows_of
+from homer.v1 import worker_pb2
+from workers.engine import Engine, LoadedModel
+from workers.gather import Gather
+from workers.peer import PeerPool
+from workers.plan_wire import write_node
+from workers.store import HeldRequest, copy_shards
+from workers.tensor_stream import Limits
+from workers.wire import (
+    FINISH_REASONS,
+    must_equal,
+    read_state,
+    state_specs,
+)
+
+
+@dataclass
+class Counters:
+    """What a worker has done since it started."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    leaves_done: int = 0
+    merges_done: int = 0
+    generated_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs work for requests with this worker's model, engine and peers."""
+
+    model: LoadedModel
+    engine: Engine
+    peers: PeerPool
+    counters: Counters
+
+    async def run_subtree(
+        self,
+        held: HeldRequest,
+        node_id: NodeId,
+        context_ids: Sequence[int],
+        emit: Callable[[worker_pb2.RunSubtreeResponse], None],
+    ) -> None:
+        """Run a subtree depth-first, as `TreeEncoder.run_subtree` does, with a step for each node.
+
+        Between steps other requests get their turn.
+        """
+        held.forget_below(node_id)
+        encoder = held.encoder
+        nodes = held.plan.subtree(node_id)
+        first = nodes[-1].context_start
+        ids = torch.tensor(context_ids, dtype=torch.int64)
+        done: list[NodeState] = []
+        for node in nodes:
+            if node.is_leaf:
+                span = ids[node.context_start - first : node.context_end - first]
+                state, seconds = await self.engine.step(_timed_leaf, encoder, node, span)
+                self.counters.leaves_done += 1
+            else:
+                count = len(node.children)
+                children = [done.pop() for _ in range(count)][::-1]
+                state, seconds = await self.engine.step(_timed_merge, encoder, node, children)
+                self.counters.merges_done += 1
+                children.clear()
+            done.append(state)
+            if node.id == node_id:
+                held.states[node_id] = state
+            emit(
+                worker_pb2.RunSubtreeResponse(
+                    node=write_node(node.id),
+                    context_tokens_in=node.context_in,
+                    context_tokens_out=node.context_out,
+                    compute_seconds=seconds,
+                )
+            )
+
+    async def merge(
+        self,
+        held: HeldRequest,
+        node_id: NodeId,
+        addresses: Sequence[str],
+        emit: Callable[[worker_pb2.MergeResponse], None],
+    ) -> None:
+        """Merge the children of a node; those that are not here come from `addresses`."""
+        node = held.plan.by_id[node_id]
+        started = time.perf_counter()
+        received = [0]
+        children = await asyncio.gather(
+            *(
+                self._child(held, child, address, received)
+                for child, address in zip(node.children, addresses, strict=True)
+            )
+        )
+        transfer_seconds = time.perf_counter() - started
+        state, seconds = await self.engine.step(_timed_merge, held.encoder, node, children)
+        self.counters.merges_done += 1
+        await self._prune_loose(held, node_id, state.context_indices)
+        # Nothing waits from here on: either the children are held, or the merged state is.
+        for child in node.children:
+            held.states.pop(child, None)
+        held.states[node_id] = state
+        emit(
+            worker_pb2.MergeResponse(
+                node=write_node(node_id),
+                context_tokens_in=node.context_in,
+                context_tokens_out=node.context_out,
+                compute_seconds=seconds,
+                transfer_seconds=transfer_seconds,
+                received_bytes=received[0],
+                context_indices=state.context_indices.tolist(),
+            )
+        )
+
+    async def _child(
+        self, held: HeldRequest, child: NodeId, address: str, received: list[int]
+    ) -> NodeState:
+        if child in held.states or not address:
+            state = held.state(child)
+            return replace(state, shards=copy_shards(state.shards))
+        plan, stack = held.plan, self.model.stack
+        specs = state_specs(plan, plan.by_id[child], stack)
+        limits = Limits(total_bytes=sum(spec.nbytes for spec in specs), tensors=len(specs))
+        request = worker_pb2.FetchStateRequest(
+            request_id=held.spec.request_id, node=write_node(child)
+        )
+
+        def count(message_bytes: int) -> None:
+            received[0] += message_bytes
+
+        pulling = self.peers.pull(
+            address, "FetchState", request, limits, must_equal(specs), on_received=count
+        )
+        async with aclosing(pulling) as pulled:
+            tensors = [named async for named in pulled]
+        return read_state(child, tensors, stack.device)
+
+    async def prune(self, held: HeldRequest, node_id: NodeId, kept: torch.Tensor) -> int:
+        """Drop the rows below a merged node that did not survive it; returns the bytes freed.
+
+        States below it have been used by its merge and go too.
+        """
+        freed = held.state_bytes
+        held.loosen_below(node_id)
+        freed -= held.state_bytes
+        return freed + await self._prune_loose(held, node_id, kept)
+
+    async def _prune_loose(self, held: HeldRequest, node_id: NodeId, kept: torch.Tensor) -> int:
+        """Prune the shards below a node whose states have gone up to other workers.
+
+        Each shard is replaced when its smaller copy is ready: readers always find whole ones.
+        """
+        freed = 0
+        for shards, shard in held.shards_below(node_id):
+            if len(rows_of(shard.context_indices, kept)) == len(shard.context_indices):
+                continue
+            (smaller,) = copy_shards([shard])
+            await self.engine.move(smaller.select_, kept)
+            where = next((i for i, other in enumerate(shards) if other is shard), None)
+            if where is not None:
+                shards[where] = smaller
+                freed += shard.nbytes - smaller.nbytes
+        return freed
+
+    async def generate(
+        self,
+        held: HeldRequest,
+        addresses: Sequence[str],
+        params: SamplingParams,
+        emit: Callable[[worker_pb2.GenerateTokensResponse], None],
+    ) -> None:
+        """Gather the final cache, once per request, and decode from it."""
+        ready = await self._cache_ready(held, addresses)
+        context = held.context
+        if context is None:
+            raise StateError("the final cache is gone")
+        emit(worker_pb2.GenerateTokensResponse(cache_ready=ready))
+        started = time.perf_counter()
+        tokens = generate_tokens(self.model.stack.model, context, params)
+        count = 0
+        try:
+            while True:
+                token = await self.engine.step(_next_token, tokens)
+                if isinstance(token, FinishReason):
+                    break
+                count += 1
+                self.counters.generated_tokens += 1
+                piece = worker_pb2.TokenPiece(token_id=token)
+                emit(worker_pb2.GenerateTokensResponse(token=piece))
+        finally:
+            # Its thread may be at a step of it still: it is closed after that.
+            self.engine.later(tokens.close)
+        summary = worker_pb2.GenerateTokensSummary(
+            generated_tokens=count,
+            finish_reason=FINISH_REASONS[token],
+            decode_seconds=time.perf_counter() - started,
+        )
+        emit(worker_pb2.GenerateTokensResponse(summary=summary))
+
+    async def _cache_ready(
+        self, held: HeldRequest, addresses: Sequence[str]
+    ) -> worker_pb2.CacheReady:
+        if held.context is not None:
+            return _describe_cache(held)
+        root = held.state(held.plan.root.id)
+        shards = [*root.shards, *held.loose_shards()]
+        if addresses:
+            # Rows from elsewhere may fail to come, and then the next attempt needs these again.
+            shards = copy_shards(shards)
+        else:
+            # The run takes the shards apart as it goes, so nobody else may find them.
+            held.states.pop(root.node)
+            held.shards.clear()
+        work = replace(root, shards=shards)
+        kept = root.context_indices.tolist()
+        request = worker_pb2.GatherKvRequest(
+            request_id=held.spec.request_id,
+            node=write_node(root.node),
+            context_indices=kept,
+        )
+        started = time.perf_counter()
+        gather = Gather(self.peers, addresses, request, self.model.stack)
+        async with gather:
+            remote = gather.layer if addresses else None
+            held.context = await self.engine.step(held.encoder.finish, work, remote)
+        ended = time.perf_counter()
+        # The cache has all their rows now.
+        held.states.pop(root.node, None)
+        held.shards.clear()
+        gathered = max(gather.ended, started) if addresses else started
+        ready = _describe_cache(held)
+        ready.gather_seconds = gathered - started
+        ready.refresh_seconds = ended - gathered
+        ready.received_bytes = gather.received_bytes
+        return ready
+
+
+def check_children(node: PlanNode, given: Sequence[NodeId]) -> None:
+    """Refuse a merge of anything but the node's own children, in order.
+
+    Raises
+    ------
+    PromptError
+        Which children it has.
+    """
+    if tuple(given) != node.children or node.is_leaf:
+        raise PromptError(
+            f"node {tuple(node.id)} merges {[tuple(child) for child in node.children]}, "
+            f"not {[tuple(child) for child in given]}"
+        )
+
+
+def _describe_cache(held: HeldRequest) -> worker_pb2.CacheReady:
+    context = held.context
+    if context is None:
+        raise StateError("the final cache is gone")
+    return worker_pb2.CacheReady(
+        cache_tokens=context.cache_len, context_indices=context.context_indices.tolist()
+    )
+
+
+def _timed_leaf(
+    encoder: TreeEncoder, node: PlanNode, context_ids: torch.Tensor
+) -> tuple[NodeState, float]:
+    started = time.perf_counter()
+    return encoder.run_subtree(node.id, context_ids), time.perf_counter() - started
+
+
+def _timed_merge(
+    encoder: TreeEncoder, node: PlanNode, children: Sequence[NodeState]
+) -> tuple[NodeState, float]:
+    started = time.perf_counter()
+    return encoder.merge(node.id, children), time.perf_counter() - started
+
+
+def _next_token(tokens: Generator[int, None, FinishReason]) -> int | FinishReason:
+    """The next token, or why there is none: a generator's end cannot cross threads as itself."""
+    try:
+        return next(tokens)
+    except StopIteration as end:
+        return end.value

@@ -1,0 +1,105 @@
+"""The gRPC server around a worker: start, health, drain, stop.
+
+Runs in the event loop that starts it: a process of its own (`python -m workers`), or any other that
+wants a worker inside. Knows nothing about what the calls do.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from homer.errors import ConfigError
+from workers.allocator import keep_frame_memory
+from workers.engine import Engine, LoadedModel
+from workers.options import WorkerOptions
+from workers.servicer import WorkerServicer
+from workers.transport import SERVER_OPTIONS, SERVICE, worker_handlers
+
+_log = logging.getLogger(__name__)
+
+HEALTH_SERVICES = ("", SERVICE.full_name)
+
+
+class WorkerServer:
+    """One worker: its model, its server and its threads.
+
+    Parameters
+    ----------
+    options : WorkerOptions
+
+    Examples
+    --------
+    >>> server = WorkerServer(WorkerOptions(model="path/to/model"))     # doctest: +SKIP
+    >>> port = await server.start()                                     # doctest: +SKIP
+    >>> await server.stop()                                             # doctest: +SKIP
+    """
+
+    def __init__(self, options: WorkerOptions) -> None:
+        self.options = options
+        self.port = 0
+        self._engine = Engine()
+        self._servicer: WorkerServicer | None = None
+        self._server: grpc.aio.Server | None = None
+        self._health: health.aio.HealthServicer | None = None
+
+    async def start(self) -> int:
+        """Listen, load the model, and take work; returns the port.
+
+        While the model loads, health checks are answered with NOT_SERVING.
+
+        Raises
+        ------
+        ConfigError
+            When the address cannot be listened on.
+        ModelError, BiasError
+            When the model cannot be loaded.
+        """
+        keep_frame_memory()
+        self._servicer = WorkerServicer(self._engine)
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server.add_generic_rpc_handlers((worker_handlers(self._servicer),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        address = f"{self.options.host}:{self.options.port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+            await self._server.start()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on {address}: {error}; "
+                "choose a free port and an address of this machine"
+            ) from error
+        try:
+            model = await self._engine.step(LoadedModel.load, self.options)
+        except BaseException:
+            await self.stop(0)
+            raise
+        self._servicer.ready(model)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        _log.info("serving %s on %s:%d", self.options.model, self.options.host, self.port)
+        return self.port
+
+    async def stop(self, grace_seconds: float | None = None) -> None:
+        """Take no new work, let running calls end within `grace_seconds`, then close everything.
+
+        By default the grace of the options. States can still be fetched until then.
+        """
+        if self._server is None or self._servicer is None:
+            return
+        grace = self.options.grace_seconds if grace_seconds is None else grace_seconds
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if not await self._servicer.drain(grace):
+            _log.warning("calls are still running after %.0f s; stopping them", grace)
+        server, self._server = self._server, None
+        await server.stop(None)
+        await self._servicer.close()
+        self._engine.close()
+
+    async def _set_health(self, status: int) -> None:
+        if self._health is not None:
+            for service in HEALTH_SERVICES:
+                await self._health.set(service, status)

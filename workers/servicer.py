@@ -1,0 +1,334 @@
+"""`homer.v1.Worker`: checks calls, finds or starts their jobs, and answers with what the jobs say.
+
+Knows nothing about how nodes are run or tensors are moved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from typing import Any
+
+import grpc
+import torch
+import transformers
+
+import homer
+from homer.encode import TreeEncoder
+from homer.errors import HomerError, PromptError
+from homer.plan import NodeId, PlanNode
+from homer.v1 import worker_pb2
+from workers.engine import Engine, LoadedModel
+from workers.errors import NotReadyError, StaleCallError, status_code
+from workers.jobs import Job
+from workers.memory import accelerator_bytes, resident_bytes
+from workers.peer import PeerPool, send_frames
+from workers.plan_wire import read_node
+from workers.runs import Counters, Runner, check_children
+from workers.store import HeldRequest, Store
+from workers.tensor_stream import Spec, encode_stream
+from workers.wire import gather_tensors, read_plan, read_sampling, state_tensors
+
+_log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext
+Emit = Callable[[Any], None]
+
+
+class WorkerServicer:
+    """Answers the calls of one worker.
+
+    Parameters
+    ----------
+    engine : Engine
+
+    It answers work with UNAVAILABLE until `ready` is called, and again after `drain`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._store = Store()
+        self._counters = Counters()
+        self._peers = PeerPool(self._received)
+        self._runner: Runner | None = None
+        self._draining = False
+        self._running_calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def ready(self, model: LoadedModel) -> None:
+        """Take work for `model` from now on."""
+        self._runner = Runner(model, self._engine, self._peers, self._counters)
+
+    async def drain(self, grace_seconds: float) -> bool:
+        """Take no new work; waits for running calls. Returns whether all of them ended in time."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Stop all jobs, drop everything that is held, and close the channels to peers."""
+        for held in self._store.requests:
+            self._drop(held.spec.request_id)
+        await self._peers.close()
+
+    async def RunSubtree(  # noqa: N802
+        self, request: worker_pb2.RunSubtreeRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.RunSubtreeResponse]:
+        async with self._call(context, is_work=True):
+            held, node = self._open(request.request, request.node)
+            span = node.context_end - node.context_start
+            if len(request.context_ids) != span:
+                raise PromptError(
+                    f"node {tuple(node.id)} spans {span} context tokens, "
+                    f"but {len(request.context_ids)} ids were given"
+                )
+            ids = self._stack.check_ids("context_ids", torch.tensor(request.context_ids))
+            work = partial(self._worker.run_subtree, held, node.id, ids)
+            async with aclosing(self._follow(held, "node", node.id, request.attempt, work)) as job:
+                async for event in job:
+                    yield event
+
+    async def Merge(  # noqa: N802
+        self, request: worker_pb2.MergeRequest, context: Context
+    ) -> worker_pb2.MergeResponse:
+        async with self._call(context, is_work=True):
+            held, node = self._open(request.request, request.node)
+            check_children(node, [read_node(child.node) for child in request.children])
+            addresses = [child.address for child in request.children]
+            work = partial(self._worker.merge, held, node.id, addresses)
+            async with aclosing(self._follow(held, "node", node.id, request.attempt, work)) as job:
+                return [event async for event in job][-1]
+        raise AssertionError("unreachable: a call that fails is aborted")
+
+    async def GenerateTokens(  # noqa: N802
+        self, request: worker_pb2.GenerateTokensRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.GenerateTokensResponse]:
+        async with self._call(context, is_work=True):
+            held, node = self._open(request.request, request.node)
+            if node.id != held.plan.root.id:
+                raise PromptError(
+                    f"node {tuple(node.id)} is not the root; the answer comes from "
+                    f"{tuple(held.plan.root.id)}"
+                )
+            params = read_sampling(request.sampling)
+            addresses = list(request.shard_addresses)
+            work = partial(self._worker.generate, held, addresses, params)
+            async with aclosing(
+                self._follow(held, "answer", node.id, request.attempt, work)
+            ) as job:
+                async for event in job:
+                    yield event
+
+    async def FetchState(  # noqa: N802
+        self, request: worker_pb2.FetchStateRequest, context: Context
+    ) -> AsyncIterator[bytes]:
+        async with self._call(context):
+            held = self._store.get(request.request_id)
+            tensors = state_tensors(held.state(read_node(request.node)))
+            frames = encode_stream([Spec.of(t) for t in tensors], [t.tensor for t in tensors])
+            async for frame in send_frames(frames, self._engine.io, self._sent):
+                yield frame
+
+    async def GatherKv(  # noqa: N802
+        self, request: worker_pb2.GatherKvRequest, context: Context
+    ) -> AsyncIterator[bytes]:
+        async with self._call(context):
+            held = self._store.get(request.request_id)
+            kept = self._indices(request.context_indices)
+            shards = held.snapshot()
+            specs, tensors = await self._engine.move(gather_tensors, shards, kept, self._stack)
+            frames = encode_stream(specs, tensors)
+            async for frame in send_frames(frames, self._engine.io, self._sent):
+                yield frame
+
+    async def Prune(  # noqa: N802
+        self, request: worker_pb2.PruneRequest, context: Context
+    ) -> worker_pb2.PruneResponse:
+        async with self._call(context):
+            held = self._store.get(request.request_id)
+            node = self._node(held, request.node)
+            if (request.context_start, request.context_end) != (
+                node.context_start,
+                node.context_end,
+            ):
+                raise PromptError(
+                    f"node {tuple(node.id)} spans the context from {node.context_start} to "
+                    f"{node.context_end}, not {request.context_start} to {request.context_end}"
+                )
+            kept = self._indices(request.context_indices)
+            freed = await self._worker.prune(held, node.id, kept)
+            return worker_pb2.PruneResponse(freed_bytes=freed)
+        raise AssertionError("unreachable: a call that fails is aborted")
+
+    async def Release(  # noqa: N802
+        self, request: worker_pb2.ReleaseRequest, context: Context
+    ) -> worker_pb2.ReleaseResponse:
+        return worker_pb2.ReleaseResponse(freed_bytes=self._drop(request.request_id))
+
+    async def GetWorkerInfo(  # noqa: N802
+        self, request: worker_pb2.GetWorkerInfoRequest, context: Context
+    ) -> worker_pb2.GetWorkerInfoResponse:
+        async with self._call(context):
+            model, stack = self._worker.model, self._stack
+            config = stack.model.config
+            return worker_pb2.GetWorkerInfoResponse(
+                model=model.path,
+                model_type=config.model_type,
+                num_layers=stack.num_layers,
+                hidden_size=stack.hidden_size,
+                num_kv_heads=stack.num_kv_heads,
+                head_dim=stack.head_dim,
+                vocab_size=stack.vocab_size,
+                max_position_embeddings=config.max_position_embeddings,
+                dtype=str(stack.dtype).removeprefix("torch."),
+                device=str(stack.device),
+                calibrated=model.bias is not None,
+                max_distance=model.max_distance,
+                homer_version=homer.__version__,
+                torch_version=torch.__version__,
+                transformers_version=transformers.__version__,
+                process_id=os.getpid(),
+            )
+        raise AssertionError("unreachable: a call that fails is aborted")
+
+    async def GetWorkerStats(  # noqa: N802
+        self, request: worker_pb2.GetWorkerStatsRequest, context: Context
+    ) -> worker_pb2.GetWorkerStatsResponse:
+        held = self._store.requests
+        return worker_pb2.GetWorkerStatsResponse(
+            requests=len(held),
+            node_states=sum(len(one.states) for one in held),
+            kv_shards=sum(len(one.all_shards()) for one in held),
+            state_bytes=sum(one.state_bytes for one in held),
+            kv_shard_bytes=sum(one.kv_shard_bytes for one in held),
+            running_calls=self._running_calls,
+            sent_bytes=self._counters.sent_bytes,
+            received_bytes=self._counters.received_bytes,
+            leaves_done=self._counters.leaves_done,
+            merges_done=self._counters.merges_done,
+            generated_tokens=self._counters.generated_tokens,
+            resident_bytes=resident_bytes(),
+            accelerator_bytes=accelerator_bytes(),
+        )
+
+    @property
+    def _worker(self) -> Runner:
+        if self._runner is None:
+            raise NotReadyError("this worker is still loading its model; try again in a moment")
+        return self._runner
+
+    @property
+    def _stack(self) -> Any:
+        return self._worker.model.stack
+
+    def _open(
+        self, spec: worker_pb2.RequestSpec, node: worker_pb2.NodeId
+    ) -> tuple[HeldRequest, PlanNode]:
+        model = self._worker.model
+
+        def make_encoder() -> TreeEncoder:
+            if not spec.request_id:
+                raise PromptError("the request id is empty; give every request its own id")
+            plan = read_plan(spec.plan, model.stack)
+            for name, ids, length in (
+                ("prefix_ids", spec.prefix_ids, plan.prefix_len),
+                ("suffix_ids", spec.suffix_ids, plan.suffix_len),
+            ):
+                if len(ids) != length:
+                    raise PromptError(
+                        f"{name} has {len(ids)} tokens, but the plan was made for {length}"
+                    )
+            prefix_ids, suffix_ids = (
+                torch.tensor(ids, dtype=torch.int64) for ids in (spec.prefix_ids, spec.suffix_ids)
+            )
+            return TreeEncoder(model.stack, plan, prefix_ids, suffix_ids, model.bias)
+
+        held = self._store.open(spec, make_encoder)
+        return held, self._node(held, node)
+
+    @staticmethod
+    def _node(held: HeldRequest, node: worker_pb2.NodeId) -> PlanNode:
+        node_id = read_node(node)
+        if node_id not in held.plan.by_id:
+            raise PromptError(
+                f"the plan has no node {tuple(node_id)}; its root is {tuple(held.plan.root.id)}"
+            )
+        return held.plan.by_id[node_id]
+
+    async def _follow(
+        self,
+        held: HeldRequest,
+        kind: str,
+        node: NodeId,
+        attempt: int,
+        work: Callable[[Emit], Awaitable[None]],
+    ) -> AsyncGenerator[Any, None]:
+        """The events of the job for this call: one that is there already, or a new one.
+
+        A newer attempt takes over what is done, and starts what is running anew: it may know of
+        other peers.
+        """
+        job = held.jobs.get((kind, node))
+        if job is not None and attempt < job.attempt:
+            raise StaleCallError(
+                f"attempt {attempt} for node {tuple(node)} is older than attempt {job.attempt}"
+            )
+        held_still = kind != "node" or node in held.states
+        if job is not None and attempt > job.attempt:
+            if job.done and held_still:
+                job.attempt = attempt
+            else:
+                job.stop(f"attempt {attempt} for node {tuple(node)} has begun")
+        if job is None or not (job.running or job.done):
+            job = held.jobs[kind, node] = Job(attempt, work)
+        async with aclosing(job.follow()) as events:
+            async for event in events:
+                yield event
+
+    @asynccontextmanager
+    async def _call(self, context: Context, is_work: bool = False) -> AsyncIterator[None]:
+        """Count a call while it runs, and turn errors into the statuses that they mean."""
+        self._running_calls += 1
+        self._idle.clear()
+        try:
+            if is_work and self._draining:
+                raise NotReadyError("this worker is shutting down; use another")
+            yield
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            code = status_code(error)
+            if not isinstance(error, HomerError):
+                _log.exception("a call failed")
+            await context.abort(code, str(error) or type(error).__name__)
+        finally:
+            self._running_calls -= 1
+            if not self._running_calls:
+                self._idle.set()
+
+    def _drop(self, request_id: str) -> int:
+        held = self._store.release(request_id)
+        if held is None:
+            return 0
+        for job in held.jobs.values():
+            job.stop(f"request {request_id!r} was released")
+        freed = held.state_bytes + held.kv_shard_bytes
+        held.clear()
+        return freed
+
+    def _indices(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(indices, dtype=torch.int64, device=self._stack.device)
+
+    def _sent(self, message_bytes: int) -> None:
+        self._counters.sent_bytes += message_bytes
+
+    def _received(self, message_bytes: int) -> None:
+        self._counters.received_bytes += message_bytes

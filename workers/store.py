@@ -1,0 +1,190 @@
+"""What a worker holds, per request: states of finished nodes, KV shards, the final cache.
+
+Counts its bytes. Knows nothing about gRPC, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from homer.context import CompressedContext
+from homer.encode import TreeEncoder
+from homer.errors import StateError
+from homer.plan import MergePlan, NodeId
+from homer.state import KVShard, NodeState
+from homer.v1 import worker_pb2
+from workers.errors import StaleCallError, UnknownStateError
+from workers.jobs import Job
+
+RELEASED_SECONDS = 600.0
+RELEASED_REQUESTS = 100_000
+
+
+@dataclass
+class HeldRequest:
+    """Everything that is held for one request.
+
+    `states` are those of finished nodes that no merge has used yet, with the shards below them.
+    `shards` are what is left of nodes whose state another worker's merge has used.
+    """
+
+    spec: worker_pb2.RequestSpec
+    encoder: TreeEncoder
+    states: dict[NodeId, NodeState] = field(default_factory=dict)
+    shards: dict[NodeId, list[KVShard]] = field(default_factory=dict)
+    context: CompressedContext | None = None
+    jobs: dict[tuple[str, NodeId], Job[Any]] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> MergePlan:
+        return self.encoder.plan
+
+    def state(self, node: NodeId) -> NodeState:
+        """The state of a finished node.
+
+        Raises
+        ------
+        UnknownStateError
+            When it is not here.
+        """
+        if node not in self.states:
+            raise UnknownStateError(
+                f"request {self.spec.request_id!r}: the state of node {tuple(node)} is not here; "
+                "it was never run here, or a merge has used it"
+            )
+        return self.states[node]
+
+    def all_shards(self) -> list[KVShard]:
+        """Every KV shard that is held."""
+        return [s for state in self.states.values() for s in state.shards] + self.loose_shards()
+
+    def loose_shards(self) -> list[KVShard]:
+        """Shards whose node's state has gone up to another worker."""
+        return [shard for shards in self.shards.values() for shard in shards]
+
+    def forget_below(self, node: NodeId) -> None:
+        """Drop what is held of the subtree under `node`, itself included."""
+        for below in self.plan.subtree(node):
+            self.states.pop(below.id, None)
+            self.shards.pop(below.id, None)
+
+    def loosen_below(self, node: NodeId) -> None:
+        """Drop the states below `node`, which its merge has used, but keep their shards."""
+        for below in self.plan.subtree(node)[:-1]:
+            state = self.states.pop(below.id, None)
+            if state is not None:
+                self.shards[below.id] = state.shards
+
+    def shards_below(self, node: NodeId) -> list[tuple[list[KVShard], KVShard]]:
+        """The loose shards below `node`, each with the list that it is in."""
+        return [
+            (self.shards[below.id], shard)
+            for below in self.plan.subtree(node)[:-1]
+            for shard in self.shards.get(below.id, ())
+        ]
+
+    def snapshot(self) -> list[KVShard]:
+        """All shards as they are now, whatever happens to them later."""
+        return copy_shards(self.all_shards())
+
+    def clear(self) -> None:
+        """Drop everything that is held."""
+        self.states.clear()
+        self.shards.clear()
+        self.jobs.clear()
+        self.context = None
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(state.nbytes for state in self.states.values())
+
+    @property
+    def kv_shard_bytes(self) -> int:
+        """KV shards, and the final cache once they have gone into it."""
+        context = self.context.nbytes if self.context is not None else 0
+        return context + sum(shard.nbytes for shard in self.all_shards())
+
+
+def copy_shards(shards: Iterable[KVShard]) -> list[KVShard]:
+    """Copies that share the tensors: who works on a copy and fails leaves the original whole."""
+    return [replace(shard, keys=list(shard.keys), values=list(shard.values)) for shard in shards]
+
+
+class Store:
+    """All requests of a worker.
+
+    A released id is remembered for a while, so that a call that was on its way when the request
+    was released cannot bring it back: such calls are refused. Whoever runs a request again gives it
+    a new id, or waits that long.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._requests: dict[str, HeldRequest] = {}
+        self._released: OrderedDict[str, float] = OrderedDict()
+        self._clock = clock
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def requests(self) -> list[HeldRequest]:
+        return list(self._requests.values())
+
+    def get(self, request_id: str) -> HeldRequest:
+        """What is held for a request.
+
+        Raises
+        ------
+        StaleCallError
+            When it was released.
+        UnknownStateError
+            When nothing is held for it.
+        """
+        self._check_released(request_id)
+        if request_id not in self._requests:
+            raise UnknownStateError(f"request {request_id!r} is not known here")
+        return self._requests[request_id]
+
+    def open(
+        self, spec: worker_pb2.RequestSpec, make_encoder: Callable[[], TreeEncoder]
+    ) -> HeldRequest:
+        """What is held for a request, made when it is the first that is heard of it.
+
+        Raises
+        ------
+        StaleCallError
+            When it was released.
+        StateError
+            When the request is known with another plan or prompt.
+        """
+        self._check_released(spec.request_id)
+        held = self._requests.get(spec.request_id)
+        if held is None:
+            held = self._requests[spec.request_id] = HeldRequest(spec, make_encoder())
+        elif held.spec != spec:
+            raise StateError(
+                f"request {spec.request_id!r} is known here with another plan or prompt; "
+                "give every request its own id"
+            )
+        return held
+
+    def release(self, request_id: str) -> HeldRequest | None:
+        """Take a request out, and refuse late calls of it from now on."""
+        self._released.pop(request_id, None)
+        self._released[request_id] = self._clock() + RELEASED_SECONDS
+        if len(self._released) > RELEASED_REQUESTS:
+            self._released.popitem(last=False)
+        return self._requests.pop(request_id, None)
+
+    def _check_released(self, request_id: str) -> None:
+        now = self._clock()
+        while self._released and next(iter(self._released.values())) <= now:
+            self._released.popitem(last=False)
+        if request_id in self._released:
+            raise StaleCallError(
+                f"request {request_id!r} was released; a new request needs a new id"
+            )
