@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import generate, serve
+from cluster.cli import generate, plan, serve
 from cluster.errors import PlacementError, ServiceError
 from homer import __version__
 from homer.errors import (
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 app.command()(serve.serve)
 app.command()(generate.generate)
+app.command()(plan.plan)
 
 
 def _print_version(wanted: bool) -> None:

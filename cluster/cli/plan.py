@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from cluster.cli.settings import (
+    FanIn,
+    MaxChunkLen,
+    MaxInitialChunkLen,
+    Paper,
+    TargetLen,
+    WarmupLayers,
+    overrides,
+)
 from homer.config import HomerConfig
 from homer.errors import ConfigError
 from homer.plan import MergePlan
@@ -18,7 +27,6 @@ from homer.shape import ModelShape, homer_defaults
 
 _MODEL = "Model"
 _DIMENSIONS = "Model dimensions, where no --model is given (defaults: Llama-2-7B)"
-_SETTINGS = "Settings (defaults: the model's own, else half of its window and 3/8 of its layers)"
 
 
 def plan(
@@ -38,14 +46,12 @@ def plan(
     kv_heads: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
     vocab: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
     window: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
-    max_chunk_len: Annotated[int | None, typer.Option(rich_help_panel=_SETTINGS)] = None,
-    target_len: Annotated[int | None, typer.Option(rich_help_panel=_SETTINGS)] = None,
-    warmup_layers: Annotated[int | None, typer.Option(rich_help_panel=_SETTINGS)] = None,
-    max_initial_chunk_len: Annotated[int | None, typer.Option(rich_help_panel=_SETTINGS)] = None,
-    fan_in: Annotated[int | None, typer.Option(rich_help_panel=_SETTINGS)] = None,
-    paper: Annotated[
-        bool, typer.Option("--paper", help="The authors' method.", rich_help_panel=_SETTINGS)
-    ] = False,
+    max_chunk_len: MaxChunkLen = None,
+    target_len: TargetLen = None,
+    warmup_layers: WarmupLayers = None,
+    max_initial_chunk_len: MaxInitialChunkLen = None,
+    fan_in: FanIn = None,
+    paper: Paper = False,
     tree: Annotated[bool, typer.Option("--tree", help="Print every node.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
@@ -59,33 +65,24 @@ def plan(
         "vocab_size": vocab,
         "window": window,
     }
-    settings = {
-        "max_chunk_len": max_chunk_len,
-        "target_len": target_len,
-        "warmup_layers": warmup_layers,
-        "max_initial_chunk_len": max_initial_chunk_len,
-        "fan_in": fan_in,
-    }
-    shape, config = _resolve(model, _given(dimensions), _given(settings))
-    if paper:
-        config = HomerConfig.paper(**_paper_settings(config))
+    settings = overrides(
+        paper,
+        max_chunk_len=max_chunk_len,
+        target_len=target_len,
+        warmup_layers=warmup_layers,
+        max_initial_chunk_len=max_initial_chunk_len,
+        fan_in=fan_in,
+    )
+    given = {name: value for name, value in dimensions.items() if value is not None}
+    shape, config = _resolve(model, given, settings.given())
     merge_plan = MergePlan.build(
         prefix_tokens, context_tokens, suffix_tokens, shape.num_layers, config
     )
     _show(merge_plan, shape, tree=tree, as_json=as_json)
 
 
-def _given(options: dict[str, int | None]) -> dict[str, int]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _paper_settings(config: HomerConfig) -> dict[str, int | None]:
-    lengths = ("max_chunk_len", "target_len", "warmup_layers", "max_initial_chunk_len", "fan_in")
-    return {name: getattr(config, name) for name in lengths}
-
-
 def _resolve(
-    model: str | None, dimensions: dict[str, int], settings: dict[str, int]
+    model: str | None, dimensions: dict[str, int], settings: dict[str, Any]
 ) -> tuple[ModelShape, HomerConfig]:
     if model is not None:
         if dimensions:

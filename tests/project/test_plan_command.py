@@ -1,0 +1,75 @@
+"""`homer plan`, as it is called."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from homer import HomerConfig, MergePlan
+from homer.config import PlanKind
+from tests.golden_cases import model_dir
+
+HOMER = [sys.executable, "-c", "from cluster.cli import main; main()"]
+
+
+def run_plan(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [*HOMER, "plan", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_table_shows_leaves_levels_layers_tokens_bytes_and_flops() -> None:
+    done = run_plan("--context-tokens", "65536", "--paper")
+    assert done.returncode == 0, done.stderr
+    assert "65,569 tokens (1 prefix + 65,536 context + 32 suffix)" in done.stdout
+    assert "64 of at most 1,024 context tokens" in done.stdout
+    for text in ("full attention's 32.0 GiB", "of full attention's 2.0 P", "│ leaves ", "│ root "):
+        assert text in done.stdout
+    assert "leaf 0 " not in done.stdout
+    assert "leaf 63 " in run_plan("--context-tokens", "65536", "--paper", "--tree").stdout
+
+
+@pytest.mark.parametrize("kind", ["balanced", "paper"])
+def test_json_is_the_plan_of_the_model_whose_config_is_read(kind: PlanKind, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((model_dir("B") / "config.json").read_bytes())
+    lengths = ["--context-tokens", "9000", "--prefix-tokens", "3", "--suffix-tokens", "5"]
+    settings = ["--max-chunk-len", "512", "--target-len", "300", "--warmup-layers", "4"]
+    flags = ["--json", *(["--paper"] if kind == "paper" else [])]
+    done = run_plan(*lengths, *settings, *flags, "--model", tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    config = HomerConfig(
+        max_chunk_len=512,
+        target_len=300,
+        warmup_layers=4,
+        plan=kind,
+        refresh_suffix=kind == "balanced",
+    )
+    plan = MergePlan.build(3, 9000, 5, 12, config)
+    assert summary["leaves"] == len(plan.leaves)
+    assert summary["kept_tokens"] == plan.kept_len
+    assert summary["config"] == vars(config)
+    assert [(level["layer_start"], level["layer_end"]) for level in summary["levels"]] == sorted(
+        {(node.layer_start, node.layer_end) for node in plan.nodes}
+    )
+    assert 0 < summary["flops_ratio"] < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--context-tokens", "0"], "the context is empty"),
+        (["--context-tokens", "9000", "--max-chunk-len", "20"], "raise max_chunk_len above 33"),
+        (["--context-tokens", "90", "--model", "/nowhere"], "'/nowhere' is no folder"),
+        (["--context-tokens", "90", "--model", "m", "--layers", "4"], "leave out num_layers"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_change(arguments: list[str], message: str) -> None:
+    done = run_plan(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
