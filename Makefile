@@ -10,6 +10,7 @@ help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv with everything in it; done once
+	@:
 
 # torch goes first and alone, so that the build that fits this machine is found before anything else
 # asks for it. Bytecode is made once here: where writing it is switched off, every process that starts
