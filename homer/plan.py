@@ -252,8 +252,7 @@ def _levels(num_leaves: int, fan_in: int) -> list[list[range]]:
     """For each level and node, the indices of its children one level below; leaves have none.
 
     Every node has as few children as the levels below it allow, and its leaves are spread evenly
-    over
-    them: split from the root down, so that no part of the context gets a larger share of the
+    over them: split from the root down, so that no part of the context gets a larger share of the
     targets.
     """
     sizes, levels = [num_leaves], []
