@@ -1,9 +1,9 @@
 """The attention function through which Homer drives transformers' own layers.
 
-Registered with transformers as `homer_<implementation>`. Outside a `NodePass` it is that
-implementation. Inside one (set for the running thread only) it attends causally by slot order over
-the past rows and the node's own, keeps the keys and values, and yields the last query's scores in
-the layer that prunes. Knows nothing about plans or trees.
+Registered with transformers as `homer_<implementation>`. Outside a `LayerPass` it is that
+implementation. Inside one, set for the running thread only, the pass says what attention does: a
+`NodePass` attends causally by slot order, keeps the keys and values, and yields the last query's
+scores in the layer that prunes. Knows nothing about plans or trees.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn import functional as F
@@ -23,12 +23,42 @@ from homer.errors import ModelError
 from homer.state import LayerKV
 
 _PREFIX = "homer_"
-_active: ContextVar[NodePass | None] = ContextVar("homer_node_pass", default=None)
+_active: ContextVar[LayerPass | None] = ContextVar("homer_layer_pass", default=None)
+
+
+class LayerPass:
+    """One run of some tokens through some layers, for the thread that entered it.
+
+    `LayerStack.run` sets the first three. `rows` are those that go on through the MLP of the layer
+    at hand and out of it, or None for all.
+    """
+
+    tokens: int = 0
+    layer: int = 0
+    is_last_layer: bool = False
+    rows: torch.Tensor | None = None
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Attention of one layer.
+
+        `query` has shape (1, heads, tokens, head_dim), `key` and `value` fewer heads where they are
+        grouped, the result (1, tokens, heads, head_dim).
+        """
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._token = _active.set(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _active.reset(self._token)
 
 
 @dataclass
-class NodePass:
-    """One run of some tokens through some layers: what attention must do, and what it found.
+class NodePass(LayerPass):
+    """The run of a node: causal attention over past rows and its own, by slot order.
 
     Parameters
     ----------
@@ -40,32 +70,19 @@ class NodePass:
         layer.
     on_scores : callable, or None
         Called with (layer, scores) in every layer; for calibration.
+    keep_kv : bool
+        Whether to keep each layer's keys and values in `kv`.
     """
 
     past: Callable[[int], LayerKV] | None = None
     choose_rows: Callable[[torch.Tensor], torch.Tensor] | None = None
     on_scores: Callable[[int, torch.Tensor], None] | None = None
     keep_kv: bool = True
-    tokens: int = 0
-    layer: int = 0
-    is_last_layer: bool = False
-    rows: torch.Tensor | None = None
     kv: list[LayerKV] = field(default_factory=list)
-
-    def __enter__(self) -> NodePass:
-        self._token = _active.set(self)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        _active.reset(self._token)
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Attention of one layer.
-
-        `query` has shape (1, heads, tokens, head_dim), the result (1, tokens, heads, head_dim).
-        """
         if self.keep_kv:
             self.kv.append((key[0], value[0]))
         prunes = self.is_last_layer and self.choose_rows is not None
@@ -137,13 +154,13 @@ def install(model: Any) -> None:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        node_pass = _active.get()
-        if node_pass is None:
+        layer_pass = _active.get()
+        if layer_pass is None:
             return plain_attention(
                 module, query, key, value, attention_mask, scaling=scaling, **kwargs
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return node_pass.attend(query, key, value, scale), None
+        return layer_pass.attend(query, key, value, scale), None
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
@@ -151,7 +168,7 @@ def install(model: Any) -> None:
 
 
 def run_mlp_on_kept_rows(mlp: torch.nn.Module) -> None:
-    """Hook a layer's MLP: where a `NodePass` has chosen rows, only those go through it.
+    """Hook a layer's MLP: where a `LayerPass` has chosen rows, only those go through it.
 
     The MLP works on each token alone, so the surviving rows get the same numbers as if nothing had
     been skipped; the others are dropped when the layer returns.
@@ -160,19 +177,19 @@ def run_mlp_on_kept_rows(mlp: torch.nn.Module) -> None:
     def before(
         _: torch.nn.Module, args: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...] | None:
-        node_pass = _active.get()
-        if node_pass is None or node_pass.rows is None:
+        layer_pass = _active.get()
+        if layer_pass is None or layer_pass.rows is None:
             return None
-        return (args[0].index_select(1, node_pass.rows), *args[1:])
+        return (args[0].index_select(1, layer_pass.rows), *args[1:])
 
     def after(
         _: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
     ) -> torch.Tensor | None:
-        node_pass = _active.get()
-        if node_pass is None or node_pass.rows is None:
+        layer_pass = _active.get()
+        if layer_pass is None or layer_pass.rows is None:
             return None
-        full = out.new_zeros(out.shape[0], node_pass.tokens, out.shape[2])
-        return full.index_copy_(1, node_pass.rows, out)
+        full = out.new_zeros(out.shape[0], layer_pass.tokens, out.shape[2])
+        return full.index_copy_(1, layer_pass.rows, out)
 
     mlp.register_forward_pre_hook(before)
     mlp.register_forward_hook(after)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Generator
 from enum import StrEnum
 from typing import Any
 
-import torch
-
 from homer.context import CompressedContext
+from homer.decode import DecodeCache, decode_step
 from homer.sampling import SamplingParams, TokenSampler
+from homer.stack import LayerStack
 
 
 class FinishReason(StrEnum):
@@ -30,7 +30,7 @@ def eos_token_ids(model: Any) -> frozenset[int]:
 
 
 def generate_tokens(
-    model: Any,
+    stack: LayerStack,
     context: CompressedContext,
     params: SamplingParams,
     should_stop: Callable[[], bool] | None = None,
@@ -41,8 +41,8 @@ def generate_tokens(
     token ends the answer and is not yielded.
     """
     sampler = TokenSampler(params)
-    eos = frozenset() if params.ignore_eos else eos_token_ids(model)
-    cache = context.past_key_values
+    eos = frozenset() if params.ignore_eos else eos_token_ids(stack.model)
+    cache = DecodeCache(context, params.max_new_tokens)
     logits = context.logits
     for step in range(params.max_new_tokens):
         if should_stop is not None and should_stop():
@@ -52,23 +52,5 @@ def generate_tokens(
             return FinishReason.STOP
         yield token
         if step + 1 < params.max_new_tokens:
-            position = context.next_position + step
-            logits = forward(model, [token], position, cache)[-1]
+            logits = decode_step(stack, [token], [cache])[0]
     return FinishReason.LENGTH
-
-
-@torch.inference_mode()
-def forward(model: Any, ids: list[int], position: int, cache: Any) -> torch.Tensor:
-    """Append `ids` to `cache` from `position` on; logits of shape (len(ids), vocab), float32."""
-    device = model.get_input_embeddings().weight.device
-    past = cache.get_seq_length()
-    out = model(
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.arange(position, position + len(ids), device=device)[None],
-        # Without a mask, positions with gaps are taken for packed sequences.
-        attention_mask=torch.ones(1, past + len(ids), dtype=torch.int64, device=device),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    logits: torch.Tensor = out.logits[0].float()
-    return logits

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from homer.attention import NodePass
 from homer.bias import find_bias, load_bias
 from homer.config import HomerConfig
 from homer.context import CompressedContext
 from homer.encode import NodeReport, TreeEncoder
 from homer.errors import BiasError, PromptError
-from homer.generation import forward, generate_tokens
+from homer.generation import generate_tokens
 from homer.loading import load_model
 from homer.plan import MergePlan
 from homer.sampling import SamplingParams
@@ -123,7 +124,7 @@ class HomerModel:
 
     def stream(self, context: CompressedContext, **sampling: Any) -> Iterator[int]:
         """Token ids one by one, by the fields of `SamplingParams`."""
-        return generate_tokens(self.model, context, SamplingParams(**sampling))
+        return generate_tokens(self.stack, context, SamplingParams(**sampling))
 
     def generate(
         self, context: CompressedContext, max_new_tokens: int = 256, **sampling: Any
@@ -135,6 +136,7 @@ class HomerModel:
         tokens = list(self.stream(context, max_new_tokens=max_new_tokens, **sampling))
         return torch.tensor(tokens, dtype=torch.int64, device=self.stack.device)
 
+    @torch.inference_mode()
     def score(self, context: CompressedContext, ids: torch.Tensor) -> torch.Tensor:
         """Logits of a continuation: row i predicts `ids[i]`. Shape (len(ids), vocab), float32.
 
@@ -145,6 +147,10 @@ class HomerModel:
             raise PromptError("the continuation is empty; give one token or more")
         if len(ids) == 1:
             return context.logits[None]
-        cache = context.past_key_values
-        rest = forward(self.model, ids[:-1].tolist(), context.next_position, cache)
-        return torch.cat((context.logits[None], rest))
+        rest = ids[:-1]
+        start = context.next_position
+        positions = torch.arange(start, start + len(rest), device=self.stack.device)
+        layer_pass = NodePass(past=context.layers.__getitem__, keep_kv=False)
+        layers = range(self.stack.num_layers)
+        hidden = self.stack.run(self.stack.embed(rest), positions, layers, layer_pass)
+        return torch.cat((context.logits[None], self.stack.logits(hidden)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from homer import attention
-from homer.attention import NodePass
+from homer.attention import LayerPass
 from homer.errors import ModelError, PromptError
 
 
@@ -100,20 +100,20 @@ class LayerStack:
         return self.model.get_input_embeddings()(ids)
 
     def run(
-        self, hidden: torch.Tensor, position_ids: torch.Tensor, layers: range, node_pass: NodePass
+        self, hidden: torch.Tensor, position_ids: torch.Tensor, layers: range, layer_pass: LayerPass
     ) -> torch.Tensor:
         """Run `layers` on `hidden` of shape (tokens, hidden_size).
 
-        Returns the rows that `node_pass` chose, or all of them.
+        Returns the rows that `layer_pass` chose, or all of them.
         """
         states = hidden[None]
         positions = position_ids[None]
         rotary = self._rotary(states, positions)
-        node_pass.tokens = len(hidden)
-        with node_pass:
+        layer_pass.tokens = len(hidden)
+        with layer_pass:
             for layer in layers:
-                node_pass.layer = layer
-                node_pass.is_last_layer = layer == layers[-1]
+                layer_pass.layer = layer
+                layer_pass.is_last_layer = layer == layers[-1]
                 states = self.layers[layer](
                     states,
                     attention_mask=None,
@@ -122,7 +122,7 @@ class LayerStack:
                     use_cache=False,
                     position_embeddings=rotary,
                 )
-        rows = node_pass.rows
+        rows = layer_pass.rows
         return states[0] if rows is None else states[0].index_select(0, rows)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ class Runner:
         self,
         held: HeldRequest,
         node_id: NodeId,
-        context_ids: Sequence[int],
+        context_ids: torch.Tensor,
         emit: Callable[[worker_pb2.RunSubtreeResponse], None],
     ) -> None:
         """Run a subtree depth-first, as `TreeEncoder.run_subtree` does, with a step for each node.
@@ -70,11 +70,10 @@ class Runner:
         encoder = held.encoder
         nodes = held.plan.subtree(node_id)
         first = nodes[-1].context_start
-        ids = torch.tensor(context_ids, dtype=torch.int64)
         done: list[NodeState] = []
         for node in nodes:
             if node.is_leaf:
-                span = ids[node.context_start - first : node.context_end - first]
+                span = context_ids[node.context_start - first : node.context_end - first]
                 state, seconds = await self.engine.step(_timed_leaf, encoder, node, span)
                 self.counters.leaves_done += 1
             else:
@@ -196,7 +195,7 @@ class Runner:
             raise StateError("the final cache is gone")
         emit(worker_pb2.GenerateTokensResponse(cache_ready=ready))
         started = time.perf_counter()
-        tokens = generate_tokens(self.model.stack.model, context, params)
+        tokens = generate_tokens(self.model.stack, context, params)
         count = 0
         try:
             while True:

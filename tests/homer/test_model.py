@@ -251,7 +251,7 @@ def test_repetition_penalty_ends_repeats() -> None:
 def finish(params: SamplingParams, stop_after: int | None = None) -> tuple[list[int], FinishReason]:
     tokens: list[int] = []
     stream = generate_tokens(
-        load().model,
+        load().stack,
         merged(),
         params,
         None if stop_after is None else lambda: len(tokens) >= stop_after,
