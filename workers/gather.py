@@ -51,7 +51,8 @@ class Gather:
 
     async def __aenter__(self) -> Gather:
         self._tasks = [
-            asyncio.create_task(self._pull(address, futures))
+            # A copy, made before anybody can ask for a layer: asking takes it out of the list.
+            asyncio.create_task(self._pull(address, list(futures)))
             for address, futures in zip(self._addresses, self._rows, strict=True)
         ]
         return self
@@ -76,15 +77,13 @@ class Gather:
     def _count(self, message_bytes: int) -> None:
         self.received_bytes += message_bytes
 
-    async def _pull(self, address: str, futures: list[Future[KVRows] | None]) -> None:
+    async def _pull(self, address: str, waiting: list[Future[KVRows] | None]) -> None:
         stack, max_rows = self._stack, len(self._request.context_indices)
         row_bytes = 2 * stack.num_kv_heads * stack.head_dim * stack.dtype.itemsize
         limits = Limits(
             total_bytes=stack.num_layers * max_rows * (row_bytes + torch.int32.itemsize),
             tensors=3 * stack.num_layers,
         )
-        # Rows that were handed over are not held on to.
-        waiting = list(futures)
         layers = LayerRows(stack.device)
         try:
             check = gather_check(stack, max_rows)
@@ -96,6 +95,7 @@ class Gather:
                     complete = layers.take(named)
                     if complete is not None:
                         layer, rows = complete
+                        # Rows that were handed over are not held on to.
                         future, waiting[layer] = waiting[layer], None
                         _settle(future, rows=rows)
             error: BaseException = TensorStreamError(f"worker {address} left layers out")
