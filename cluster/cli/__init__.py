@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import generate, plan, serve
+from cluster.cli import bench, calibrate, generate, plan, serve
 from cluster.errors import PlacementError, ServiceError
 from homer import __version__
 from homer.errors import (
@@ -37,6 +37,8 @@ app = typer.Typer(
 app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(plan.plan)
+app.command()(calibrate.calibrate)
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
