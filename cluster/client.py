@@ -5,7 +5,7 @@ Knows nothing about Ray: it needs an address and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -75,7 +75,7 @@ class HomerClient:
         compression: Mapping[str, Any] | None = None,
         return_kept_indices: bool = False,
         timeout_seconds: float | None = None,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event]:
         """Ask `question` about `context`; yields events as they come, the summary last.
 
         Parameters

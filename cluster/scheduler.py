@@ -257,16 +257,15 @@ class Scheduler:
         run.merge_done(merge, worker)
         if progress := run.node_done(done, worker):
             active.events.put_nowait(progress)
-        if run.job.plan.by_id[merge.node].prunes:
-            for holder in run.holders(merge.node):
-                if holder.name != worker.name:
-                    self._prune(active, holder, merge.node, done.context_indices)
+        for holder in run.holders(merge.node):
+            if holder.name != worker.name:
+                self._prune(active, holder, merge.node, done.context_indices)
         self._check_root(active)
 
     def _prune(
         self, active: _Active, holder: WorkerClient, node: NodeId, context_indices: Sequence[int]
     ) -> None:
-        """Let `holder` drop rows that did not survive; only its memory depends on it."""
+        """Let `holder` drop used states and lost rows; only its memory depends on it."""
 
         async def call() -> None:
             try:

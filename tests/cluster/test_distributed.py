@@ -1,0 +1,120 @@
+"""Real Ray actors and real gRPC give what one process gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Callable
+from contextlib import aclosing
+from functools import cache
+from typing import Any, cast
+
+import pytest
+
+from cluster.job import Job, JobSummary, Sampling, TokenOut
+from cluster.scheduler import Scheduler
+from homer import HomerConfig, HomerModel, MergePlan
+from tests.cluster.conftest import Run, connected
+from tests.golden_cases import GoldenCase
+
+NEW_TOKENS = 17
+WORKERS = (1, 2, 3)
+# One leaf, fewer leaves than workers, odd numbers of leaves, many levels; MHA, GQA and MQA.
+CASES = (
+    "a_fit_small",
+    "a_2c_full",
+    "a_5c",
+    "a_7c",
+    "a_33c",
+    "b_5c",
+    "b_16c",
+    "g_5c_gqa",
+    "m_3c_mqa",
+)
+
+
+def refreshed(case: GoldenCase) -> HomerConfig:
+    """The case's lengths with our own defaults: a balanced tree and a refreshed suffix."""
+    return HomerConfig(
+        max_chunk_len=case.config.max_chunk_len,
+        target_len=case.config.target_len,
+        warmup_layers=case.config.warmup_layers,
+    )
+
+
+@cache
+def local_answer(name: str, config: HomerConfig) -> tuple[list[int], list[int]]:
+    """Surviving context indices and greedy tokens of one process."""
+    case = GoldenCase.load(name)
+    model = HomerModel.from_pretrained(case.model_dir, config=config, bias=case.bias)
+    context = model.compress(*case.parts)
+    tokens = model.generate(context, max_new_tokens=NEW_TOKENS)
+    return context.context_indices.tolist(), tokens.tolist()
+
+
+async def run_job(
+    addresses: list[str], job: Job, pieces_per_worker: int
+) -> tuple[list[int], JobSummary]:
+    async with connected(addresses) as clients:
+        scheduler = Scheduler(clients, pieces_per_worker=pieces_per_worker)
+        tokens: list[int] = []
+        summary: JobSummary | None = None
+        async with aclosing(cast(Any, scheduler.run(job))) as events:
+            async for event in events:
+                if isinstance(event, TokenOut):
+                    tokens.append(event.token_id)
+                elif isinstance(event, JobSummary):
+                    summary = event
+        for client in clients:
+            stats = await client.stats()
+            assert dataclasses.astuple(stats) == (0,) * 6, "something was not released"
+    assert summary is not None
+    return tokens, summary
+
+
+def job_of(case: GoldenCase, config: HomerConfig) -> Job:
+    prefix, context, suffix = (part[0].tolist() for part in case.parts)
+    plan = MergePlan.build(len(prefix), len(context), len(suffix), case.num_layers, config)
+    sampling = Sampling(max_new_tokens=NEW_TOKENS)
+    return Job(uuid.uuid4().hex, plan, prefix, context, suffix, sampling)
+
+
+def test_several_workers_take_part(
+    worker_addresses: Callable[[str], list[str]], run: Run[Any]
+) -> None:
+    case = GoldenCase.load("a_33c")
+    addresses = worker_addresses(str(case.model_dir))
+    _, summary = run(run_job(addresses, job_of(case, refreshed(case)), 4))
+    assert set(summary.nodes_by_worker) == {"worker-0", "worker-1", "worker-2"}
+    assert summary.moved_bytes > 0
+    seconds = summary.seconds
+    stages = seconds.queue + seconds.leaves + seconds.merges + seconds.gather
+    assert 0 < stages <= seconds.time_to_first_token <= seconds.total
+
+
+# Model by model, because each model's workers are started once.
+@pytest.mark.parametrize("mode", ["paper", "refreshed"])
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("name", CASES)
+def test_any_number_of_workers_equals_one_process(
+    name: str,
+    workers: int,
+    mode: str,
+    worker_addresses: Callable[[str], list[str]],
+    run: Run[Any],
+) -> None:
+    case = GoldenCase.load(name)
+    addresses = worker_addresses(str(case.model_dir))[:workers]
+    if mode == "paper":
+        job = job_of(case, case.config)
+        tokens, summary = run(run_job(addresses, job, pieces_per_worker=1))
+        # What the authors' code gives.
+        kept = case.expected["kept_context_index"].tolist()
+        expected = case.expected["greedy_forward"].tolist()
+    else:
+        job = job_of(case, refreshed(case))
+        tokens, summary = run(run_job(addresses, job, pieces_per_worker=8))
+        kept, expected = local_answer(name, refreshed(case))
+    assert list(summary.context_indices) == kept
+    assert tokens == expected
+    assert sum(summary.nodes_by_worker.values()) == len(job.plan.nodes)
