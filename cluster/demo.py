@@ -54,7 +54,9 @@ def demo(
             info = client.server_info()
             console.print(
                 f"Service at {address}: {info.num_layers} layers, window of "
-                f"{info.model_window} tokens, cache of at most {info.target_len}"
+                f"{info.model_window} tokens, final cache of at most {info.target_len}",
+                highlight=False,
+                soft_wrap=True,
             )
             summary = _ask(client, sample)
         ended = time.perf_counter()
@@ -67,7 +69,7 @@ def demo(
         if right
         else f"[bold red]Wrong: {sample.answer}[/bold red]"
     )
-    console.print(describe_summary(summary), highlight=False)
+    console.print(describe_summary(summary), highlight=False, soft_wrap=True)
     for worker, nodes in sorted(summary.nodes_by_worker.items()):
         console.print(f"{worker} ran {nodes} nodes of the tree", highlight=False)
     console.print(
@@ -101,16 +103,29 @@ def _show_survivors(
     console: Console, sample: Sample, spans: Sequence[tuple[int, int]], kept: Sequence[int]
 ) -> None:
     """Print the passages that are left in the cache, in order; the needle in green."""
-    console.print(f"\n{len(kept)} context tokens survived:")
-    for run in runs(kept):
+    passages = list(runs(kept))
+    console.print(
+        f"\n{len(kept)} context tokens survived, in {len(passages)} passages (… is what is gone):"
+    )
+    text = Text()
+    for run in passages:
         start, end = spans[run[0]][0], spans[run[-1]][1]
-        line = Text(f"{run[0]:>8,}  ", style="dim")
         needle_start = min(max(sample.needle[0], start), end)
         needle_end = min(max(sample.needle[1], needle_start), end)
-        line.append(sample.context[start:needle_start], style="not dim")
-        line.append(sample.context[needle_start:needle_end], style="not dim bold green")
-        line.append(sample.context[needle_end:end], style="not dim")
-        console.print(line, highlight=False, soft_wrap=True)
+        text.append(sample.context[start:needle_start])
+        text.append(sample.context[needle_start:needle_end], style="bold green")
+        text.append(sample.context[needle_end:end])
+        text.append(" …", style="dim")
+    console.print(text, highlight=False)
+    needle = [i for i, (start, _) in enumerate(spans) if _within(start, sample.needle)]
+    console.print(
+        f"Of the {len(needle)} tokens that state the key, {len(set(needle) & set(kept))} survived.",
+        highlight=False,
+    )
+
+
+def _within(position: int, span: tuple[int, int]) -> bool:
+    return span[0] <= position < span[1]
 
 
 def runs(indices: Sequence[int]) -> Iterator[list[int]]:

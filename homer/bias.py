@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from homer.errors import BiasError
+from homer.shape import BIAS_FILE as BIAS_FILE
 
-BIAS_FILE = "bias.safetensors"
 _METADATA_KEY = "homer"
 
 

@@ -15,6 +15,7 @@ from homer.config import HomerConfig
 from homer.errors import ConfigError, ModelError
 
 DEFAULTS_FILE = "homer.json"
+BIAS_FILE = "bias.safetensors"
 _VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from homer.bias import BIAS_FILE
 from homer.errors import PromptError
+from homer.shape import BIAS_FILE
 
 
 def calibrate(
