@@ -14,23 +14,25 @@ from homer.bench.speed import METHODS, SpeedResult
 
 def speed_table(results: Sequence[SpeedResult]) -> Table:
     """Seconds to the first token, and the ratio to full attention."""
-    runs, threads = len(results[0].seconds["plain"]), results[0].threads
+    runs, threads = len(results[0].timings["plain"]), results[0].threads
     table = Table(
         title="Seconds from token ids to the first token",
         caption=f"{threads} thread(s); medians of {runs} rounds in which all methods took turns; "
-        "ratios are medians of each round's ratio",
+        "ratios are medians of each round's ratio; processor time leaves out waiting for others",
     )
     table.add_column("prompt tokens", justify="right")
     for method in METHODS:
         table.add_column(method, justify="right")
-    table.add_column("homer / plain", justify="right")
-    table.add_column("paper / plain", justify="right")
+    for title in ("homer / plain", "paper / plain"):
+        table.add_column(title, justify="right")
+    for title in ("homer / plain\nprocessor time", "paper / plain\nprocessor time"):
+        table.add_column(title, justify="right")
     for result in results:
         table.add_row(
             f"{result.tokens:,}",
             *(f"{result.median_seconds(method):.2f}" for method in METHODS),
-            f"{result.ratio('homer'):.3f}",
-            f"{result.ratio('paper'):.3f}",
+            *(f"{result.ratio(method):.3f}" for method in ("homer", "paper")),
+            *(f"{result.cpu_ratio(method):.3f}" for method in ("homer", "paper")),
         )
     return table
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,24 +23,39 @@ from homer.model import HomerModel
 METHODS = ("homer", "paper", "plain")
 
 
+class Timing(NamedTuple):
+    """One run: seconds on the clock, and seconds of processor time of all threads."""
+
+    wall_seconds: float
+    cpu_seconds: float
+
+
 @dataclass(frozen=True)
 class SpeedResult:
-    """Seconds of each method at one length, run by run: run i of all methods was taken in turn."""
+    """Timings of each method at one length: run i of all methods was taken in turn."""
 
     tokens: int
     threads: int
-    seconds: dict[str, list[float]]
+    timings: dict[str, list[Timing]]
 
     def median_seconds(self, method: str) -> float:
-        return statistics.median(self.seconds[method])
+        """On the clock."""
+        return statistics.median(timing.wall_seconds for timing in self.timings[method])
 
     def ratio(self, method: str) -> float:
         """Median over the rounds of a method's time over the plain model's in the same round.
 
-        What else the machine does in a round hits both.
+        What else the machine does for longer than a round hits both.
         """
-        pairs = zip(self.seconds[method], self.seconds["plain"], strict=True)
-        return statistics.median(ours / plain for ours, plain in pairs)
+        return self._ratio(method, lambda timing: timing.wall_seconds)
+
+    def cpu_ratio(self, method: str) -> float:
+        """The same of processor time, which waiting for other processes does not enter."""
+        return self._ratio(method, lambda timing: timing.cpu_seconds)
+
+    def _ratio(self, method: str, seconds: Callable[[Timing], float]) -> float:
+        pairs = zip(self.timings[method], self.timings["plain"], strict=True)
+        return statistics.median(seconds(ours) / seconds(plain) for ours, plain in pairs)
 
 
 def measure_speed(
@@ -81,16 +97,17 @@ def measure_speed(
             run(*warm_up)
         results = []
         for tokens in lengths:
-            seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+            timings: dict[str, list[Timing]] = {name: [] for name in METHODS}
             for turn in range(runs):
                 prompt = random_prompt(tokens, size.vocab, seed=turn)
                 for name, run in methods.items():
-                    started = time.perf_counter()
+                    started, cpu_before = time.perf_counter(), time.process_time()
                     run(*prompt)
-                    seconds[name].append(time.perf_counter() - started)
+                    wall, cpu = time.perf_counter() - started, time.process_time() - cpu_before
+                    timings[name].append(Timing(wall, cpu))
                     if on_run is not None:
-                        on_run(tokens, name, seconds[name][-1])
-            results.append(SpeedResult(tokens, threads, seconds))
+                        on_run(tokens, name, wall)
+            results.append(SpeedResult(tokens, threads, timings))
         return results
     finally:
         torch.set_num_threads(before)

@@ -8,7 +8,7 @@ import torch
 from homer.bench.bench_model import BenchSize
 from homer.bench.memory import MemoryResult, measure_memory
 from homer.bench.show import memory_table, speed_table
-from homer.bench.speed import METHODS, SpeedResult, measure_speed
+from homer.bench.speed import METHODS, SpeedResult, Timing, measure_speed
 from homer.errors import ConfigError
 
 SMALL = BenchSize(
@@ -28,17 +28,18 @@ def test_speed_takes_every_method_in_turn_and_leaves_threads_alone() -> None:
     assert order == [(tokens, m) for tokens in (512, 1024) for _ in range(2) for m in METHODS]
     assert [result.tokens for result in results] == [512, 1024]
     for result in results:
-        assert all(len(result.seconds[method]) == 2 for method in METHODS)
-        assert all(seconds > 0 for runs in result.seconds.values() for seconds in runs)
+        assert all(len(result.timings[method]) == 2 for method in METHODS)
+        assert all(min(timing) > 0 for runs in result.timings.values() for timing in runs)
     assert torch.get_num_threads() == before
     assert speed_table(results).row_count == 2
 
 
 def test_ratios_compare_runs_of_the_same_round() -> None:
-    result = SpeedResult(
-        512, 1, {"homer": [1.0, 6.0, 2.0], "paper": [1.0] * 3, "plain": [4.0, 12.0, 4.0]}
-    )
+    homer = [Timing(1.0, 1.0), Timing(6.0, 2.0), Timing(2.0, 2.0)]
+    plain = [Timing(4.0, 4.0), Timing(12.0, 10.0), Timing(4.0, 4.0)]
+    result = SpeedResult(512, 1, {"homer": homer, "paper": homer, "plain": plain})
     assert result.ratio("homer") == 0.5
+    assert result.cpu_ratio("homer") == 0.25
     assert result.median_seconds("homer") == 2.0
     assert result.median_seconds("plain") == 4.0
 
