@@ -90,7 +90,8 @@ class WorkerServicer:
                     f"node {tuple(node.id)} spans {span} context tokens, "
                     f"but {len(request.context_ids)} ids were given"
                 )
-            ids = self._stack.check_ids("context_ids", torch.tensor(request.context_ids))
+            given = torch.tensor(request.context_ids, dtype=torch.int64)
+            ids = self._stack.check_ids("context_ids", given)
             work = partial(self._worker.run_subtree, held, node.id, ids)
             async with aclosing(self._follow(held, "node", node.id, request.attempt, work)) as job:
                 async for event in job:

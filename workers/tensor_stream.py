@@ -94,13 +94,11 @@ def encode_stream(
     for spec in specs:
         wire = _WIRE_OF_DTYPE.get(spec.dtype)
         if wire is None:
-            raise TensorStreamError(
-                f"tensor {spec.name!r} has type {spec.dtype}, which does not travel"
-            )
+            raise TensorStreamError(f"tensor {spec.name!r} has type {spec.dtype}: cannot be sent")
         header.tensors.add(name=spec.name, dtype=wire, shape=spec.shape)
     yield tensor_pb2.TensorFrame(header=header).SerializeToString()
 
-    checksum = xxhash.xxh3_64()
+    checksum = xxhash.xxh3_64(header.SerializeToString())
     pieces: list[memoryview] = []
     held = 0
     for spec, tensor in zip(specs, tensors, strict=True):
@@ -260,6 +258,7 @@ class StreamReader:
             )
         if self._check is not None:
             self._check(specs)
+        self._checksum.update(header.SerializeToString())
         self._specs = specs
         self._tensors = [_allocate(spec) for spec in specs]
         self._begin(0)
@@ -295,7 +294,7 @@ class StreamReader:
             )
         if self._checksum.intdigest() != trailer.checksum:
             raise TensorStreamError(
-                "the checksum of a tensor stream does not agree: its data was damaged on the way"
+                "the checksum of a tensor stream does not agree: it was damaged on the way"
             )
         self._done = True
 

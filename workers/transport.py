@@ -32,7 +32,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
 SERVER_OPTIONS: tuple[tuple[str, Any], ...] = (
     *_COMMON,
     # Accept the pings that the channel options above send.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
+    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
     # A port that is taken must be an error, not a second listener.
     ("grpc.so_reuseport", 0),
 )

@@ -30,8 +30,11 @@ class WorkerStub:
     """One worker: a process that holds the model (or some of its layers) and runs nodes of merge trees.
 
     Every call names the request, the node and the attempt. A repeated call with the same names does no
-    harm: the worker answers from what it has already done. A call of an older attempt is refused with
-    ABORTED.
+    harm: the worker answers from what it has already done, or joins what is running. Work of an older
+    attempt than one that is known is refused with ABORTED. Calls that only read or drop (FetchState,
+    GatherKv, Prune) are answered whatever their attempt, for a node's result is the same in all of them.
+
+    Work ends when nobody listens to it any more. Work that failed or was stopped can be repeated.
     """
 
     def __init__(self, channel):
@@ -91,8 +94,11 @@ class WorkerServicer:
     """One worker: a process that holds the model (or some of its layers) and runs nodes of merge trees.
 
     Every call names the request, the node and the attempt. A repeated call with the same names does no
-    harm: the worker answers from what it has already done. A call of an older attempt is refused with
-    ABORTED.
+    harm: the worker answers from what it has already done, or joins what is running. Work of an older
+    attempt than one that is known is refused with ABORTED. Calls that only read or drop (FetchState,
+    GatherKv, Prune) are answered whatever their attempt, for a node's result is the same in all of them.
+
+    Work ends when nobody listens to it any more. Work that failed or was stopped can be repeated.
     """
 
     def RunSubtree(self, request, context):
@@ -133,14 +139,17 @@ class WorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Prune(self, request, context):
-        """Drops the rows of KV shards below a merged node that did not survive it.
+        """Drops what a finished merge does not need any more: the states below it, which it has used, and the
+        rows of KV shards below it that did not survive it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Drops everything that is held for a request and stops what is running for it.
+        """Drops everything that is held for a request and stops what is running for it. Calls that come late
+        are refused with ABORTED for ten minutes, so that they cannot bring it back: to run a request
+        again, give it a new id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -220,8 +229,11 @@ class Worker:
     """One worker: a process that holds the model (or some of its layers) and runs nodes of merge trees.
 
     Every call names the request, the node and the attempt. A repeated call with the same names does no
-    harm: the worker answers from what it has already done. A call of an older attempt is refused with
-    ABORTED.
+    harm: the worker answers from what it has already done, or joins what is running. Work of an older
+    attempt than one that is known is refused with ABORTED. Calls that only read or drop (FetchState,
+    GatherKv, Prune) are answered whatever their attempt, for a node's result is the same in all of them.
+
+    Work ends when nobody listens to it any more. Work that failed or was stopped can be repeated.
     """
 
     @staticmethod
