@@ -19,6 +19,10 @@ from homer.demo import prose, tasks
 
 IGNORE = -100
 _POOL_SENTENCES = 20_000
+_DOCUMENT_STARTS = 0.4
+"""Share of rows whose context is the start of a document; the others begin anywhere."""
+_PASS_KEYS = 0.4
+"""Share of rows that state a pass key among the keys of places."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class BatchMaker:
         sentences = [" " + prose.sentence(self.rng) for _ in range(_POOL_SENTENCES)]
         self.pool = tokenizer(sentences, add_special_tokens=False).input_ids
         self.prefix = tokenizer(tasks.PREFIX).input_ids
-        self.names = [None, *prose.PLACES]
+        self.names: list[str | None] = [None, *prose.PLACES]
         self.questions = {name: self._encode(tasks.question(name)) for name in self.names}
         self.question_len = max(map(len, self.questions.values())) + tasks.KEY_DIGITS + 3
 
@@ -131,7 +135,9 @@ class _Row:
         rng = maker.rng
         self.chunk_len = length = stage.context_tokens // chunks
         p, n = len(maker.prefix), length * chunks
-        names = rng.sample(maker.names, stage.keys)
+        names: list[str | None] = list(rng.sample(prose.PLACES, stage.keys))
+        if rng.random() < _PASS_KEYS:
+            names[0] = None
         keys = {name: tasks.draw_key(rng) for name in names}
         context, spans = _context(maker, keys, n)
         # Keys cut by the end of a chunk or of the text are stated but not asked about.
@@ -217,26 +223,37 @@ def _context(
 ) -> tuple[list[int], dict[str | None, tuple[int, int]]]:
     """``n`` tokens of text that begin anywhere, and the slots from each name to its last digit."""
     rng = maker.rng
-    stated: dict[str | None, tuple[list[int], int]] = {}
-    for name, key in keys.items():
-        tokens = maker._encode(" " + tasks.statement(name, key))
-        stated[name] = (tokens, len(tokens) - tasks.KEY_DIGITS - 4)
-    budget = n - sum(len(tokens) for tokens, _ in stated.values())
+    stated = {name: maker._encode(" " + tasks.statement(name, key)) for name, key in keys.items()}
+    budget = n - sum(map(len, stated.values()))
     pieces: list[list[int]] = []
     while budget > 0:
         pieces.append(rng.choice(maker.pool))
         budget -= len(pieces[-1])
-    for tokens, _ in stated.values():
+    for tokens in stated.values():
         pieces.insert(rng.randint(0, len(pieces)), tokens)
     begin = rng.randint(0, max(0, -budget))
+    if rng.random() < _DOCUMENT_STARTS:
+        # The start of a document: no space before the first word, and often the key itself.
+        begin = 0
+        if rng.random() < 0.5:
+            first = stated[rng.choice(list(stated))]
+            pieces = [first, *(piece for piece in pieces if piece is not first)]
+        unspaced = maker._encode(maker.tokenizer.decode(pieces[0])[1:])
+        for name, tokens in stated.items():
+            if tokens is pieces[0]:
+                stated[name] = unspaced
+        pieces[0] = unspaced
     context: list[int] = []
-    starts: dict[int, int] = {}
-    for tokens in pieces:
-        starts[id(tokens)] = len(context) - begin
-        context += tokens
+    ends: dict[str | None, int] = {}
+    for piece in pieces:
+        context += piece
+        for name, tokens in stated.items():
+            if tokens is piece:
+                ends[name] = len(context) - begin
     spans = {
-        name: (starts[id(tokens)] + at, starts[id(tokens)] + len(tokens) - 2)
-        for name, (tokens, at) in stated.items()
+        # A statement ends with its name, "is", a space, the digits and a dot.
+        name: (end - tasks.KEY_DIGITS - 4, end - 2)
+        for name, end in ends.items()
     }
     return context[begin : begin + n], spans
 

@@ -22,22 +22,31 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from homer.demo import MODEL_DIR
+from homer.bias import BIAS_FILE, BiasInfo, save_bias
+from homer.calibration import cut_chunks, measure_bias
+from homer.config import HomerConfig
+from homer.demo import MODEL_DIR, tasks
 from homer.demo.batches import BatchMaker, Stage
 from homer.demo.losses import FIRST_SCORED_LAYER, compute_losses, recording
 from homer.demo.tokenizer import make_tokenizer
+from homer.shape import DEFAULTS_FILE
+from homer.stack import LayerStack
 
 WINDOW = 512
 LAYERS = 10
 HIDDEN = 128
 STAGES = (
     # Short rows full of keys: the heads that find and read a key by its name take shape.
-    Stage(450, 12, 96, 320, 5, 4, (1,), guide=0.3),
+    Stage(350, 12, 96, 320, 5, 4, (1,), guide=0.3),
     # Longer rows, in one or several chunks, anywhere in the window, neighbours pruned.
-    Stage(400, 16, 192, 512, 5, 4, (1, 2, 4), guide=0.1),
+    Stage(300, 16, 192, 512, 5, 4, (1, 2, 4), guide=0.1),
     # The whole window, few keys.
-    Stage(250, 12, 448, 512, 4, 4, (1, 2, 4, 8), guide=0.0),
+    Stage(250, 8, 480, 512, 4, 4, (1, 2, 4, 8), guide=0.0),
 )
+SETTINGS = HomerConfig(
+    max_chunk_len=WINDOW // 2, target_len=WINDOW // 2, warmup_layers=FIRST_SCORED_LAYER
+)
+CALIBRATION_CHUNKS = 200
 PEAK_LEARNING_RATE = 2e-3
 WARMUP_STEPS = 60
 TEXT_WEIGHT = 0.1
@@ -84,6 +93,7 @@ class Trainer:
 
     def __init__(self, seed: int, stages: tuple[Stage, ...], device: torch.device) -> None:
         torch.manual_seed(seed)
+        self.seed = seed
         self.device, self.stages = device, stages
         self.tokenizer = make_tokenizer(seed)
         self.model = make_model(self.tokenizer).to(device)  # type: ignore[arg-type]
@@ -190,7 +200,7 @@ class Trainer:
         self.step = state["step"]
 
     def export(self, out: Path) -> None:
-        """Write the model in Hugging Face format, weights in bfloat16."""
+        """Write the model in Hugging Face format, weights in bfloat16, with its settings."""
         model = copy.deepcopy(self.model).to("cpu", torch.bfloat16)
         model.generation_config = GenerationConfig(
             bos_token_id=self.tokenizer.bos_token_id,
@@ -199,8 +209,26 @@ class Trainer:
             do_sample=False,
         )
         model.save_pretrained(out)
-        self.tokenizer.model_max_length = WINDOW
         self.tokenizer.save_pretrained(out)
+        settings = {k: v for k, v in asdict(SETTINGS).items() if v is not None}
+        (out / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        self._calibrate(model.float(), out)
+
+    def _calibrate(self, model: LlamaForCausalLM, out: Path) -> None:
+        """Measure the calibration bias on prose without keys and write it beside the model."""
+
+        def encode(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False).input_ids
+
+        prefix = self.tokenizer(tasks.PREFIX, return_tensors="pt").input_ids[0]
+        length = WINDOW - len(prefix)
+        text = tasks.plain_text(
+            CALIBRATION_CHUNKS * length, lambda part: len(encode(part)), self.seed
+        )
+        chunks = cut_chunks(torch.tensor(encode(text)), length, CALIBRATION_CHUNKS)
+        bias = measure_bias(LayerStack(model), chunks, prefix)
+        info = BiasInfo("homer-demo", LAYERS, HIDDEN, length, len(chunks))
+        save_bias(out / BIAS_FILE, bias, info)
 
 
 def main() -> None:

@@ -104,3 +104,15 @@ def test_equal_seeds_draw_equal_batches(maker: BatchMaker) -> None:
     assert torch.equal(first.ids, second.ids)
     assert torch.equal(first.high, second.high)
     assert not torch.equal(first.ids, other.ids)
+
+
+def test_some_rows_begin_like_a_document_and_some_with_the_key(maker: BatchMaker) -> None:
+    starts = [
+        maker.tokenizer.decode(row[batch.context])
+        for batch in (maker.draw(stage(1)) for _ in range(30))
+        for row in batch.ids
+    ]
+    at_sentence = [text for text in starts if text[0].isupper()]
+    with_key = [text for text in at_sentence if text.startswith(("The pass key is", "The key of"))]
+    assert 0.3 * len(starts) < len(at_sentence) < 0.5 * len(starts)
+    assert 0.4 * len(at_sentence) < len(with_key) < 0.8 * len(at_sentence)

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from homer.demo import tasks
 from homer.demo.batches import Stage
-from homer.demo.train import WINDOW, Trainer, learning_rate
+from homer.demo.train import SETTINGS, WINDOW, Trainer, learning_rate
+from homer.shape import homer_defaults
 
 CPU = torch.device("cpu")
 STAGES = (
@@ -54,7 +55,8 @@ def test_what_is_written_loads_as_a_plain_checkpoint(trained: Trainer, tmp_path:
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert model.config.architectures == ["LlamaForCausalLM"]
-    assert model.config.max_position_embeddings == tokenizer.model_max_length == WINDOW
+    assert model.config.max_position_embeddings == WINDOW
+    assert homer_defaults(tmp_path) == SETTINGS
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 8e6
     assert tokenizer(tasks.PREFIX).input_ids == trained.tokenizer(tasks.PREFIX).input_ids
