@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +51,7 @@ def ray_cluster(
     # Ray warns that it will stop hiding accelerators from processes that asked for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     folder: str | None = None
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         if address is not None:
             try:
@@ -69,6 +72,9 @@ def ray_cluster(
                 **common,
             )
             _check_room(options)
+        if threading.current_thread() is threading.main_thread():
+            # Ray takes over SIGTERM; how this process ends is for its caller to say.
+            signal.signal(signal.SIGTERM, on_term or signal.SIG_DFL)
         yield
     finally:
         ray.shutdown()

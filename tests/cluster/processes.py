@@ -1,0 +1,104 @@
+"""Starting commands as a user would, and finding what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.cluster.conftest import poll
+
+BIN = Path(sys.executable).parent
+REPOSITORY = Path(__file__).parents[2]
+END_SECONDS = 60.0
+
+
+class Sandbox:
+    """An environment whose mark every process started in it inherits."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self._mark = f"HOMER_TEST_SANDBOX={folder}"
+        # A cluster that this process has joined is none of the command's business.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        self.env = {
+            **inherited,
+            "HOMER_TEST_SANDBOX": folder,
+            "TMPDIR": folder,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+
+    def start(self, *command: str, **options: object) -> subprocess.Popen[str]:
+        """Start a command from the repository's root, with pipes."""
+        return subprocess.Popen(  # type: ignore[call-overload]
+            command,
+            env=self.env,
+            cwd=REPOSITORY,
+            text=True,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+        )
+
+    def run(self, *command: str, seconds: float = 180) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        return subprocess.run(
+            command,
+            env=self.env,
+            cwd=REPOSITORY,
+            text=True,
+            capture_output=True,
+            timeout=seconds,
+            check=False,
+        )
+
+    def processes(self) -> dict[int, str]:
+        """Command lines of the living processes that were started in here, by process id."""
+        found: dict[int, str] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if self._mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                        found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+                except OSError:
+                    continue
+        return {pid: line for pid, line in found.items() if line}
+
+    def assert_empty(self) -> None:
+        """Nothing runs any more, and no cluster's folder is left."""
+        poll(lambda: not self.processes(), "processes go on", END_SECONDS)
+        assert list(self.folder.glob("homer-*")) == []
+
+    def kill(self) -> None:
+        """End whatever still runs in here."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def sandbox() -> Iterator[Sandbox]:
+    """A sandbox with a short path: those of Ray's sockets are limited to 107 characters."""
+    folder = tempfile.mkdtemp(prefix="hs", dir="/tmp")
+    box = Sandbox(folder)
+    try:
+        yield box
+    finally:
+        box.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

@@ -1,0 +1,279 @@
+"""The `homer` command, started as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.client import HomerClient
+from homer.v1 import long_context_pb2 as pb
+from tests.cluster.conftest import poll
+from tests.cluster.processes import BIN, Sandbox, free_ports, sandbox
+from tests.cluster.test_service import CONTEXT, LONG_CONTEXT, QUESTION, assert_nothing_held
+from tests.golden_cases import model_dir
+
+HOMER = str(BIN / "homer")
+NEW_TOKENS = 12
+
+
+@pytest.fixture
+def box() -> Iterator[Sandbox]:
+    with sandbox() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("documents") / "document.txt"
+    path.write_text(CONTEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def long_document(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("documents") / "long.txt"
+    path.write_text(LONG_CONTEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(service: HomerClient) -> pb.Summary:
+    """What the service answers to the question that every test here asks."""
+    *_, summary = service.generate(
+        context=CONTEXT,
+        question=QUESTION,
+        prefix="Read: ",
+        sampling={"max_tokens": NEW_TOKENS},
+        return_kept_indices=True,
+    )
+    assert isinstance(summary, pb.Summary)
+    return summary
+
+
+def ask(document: Path | str) -> list[str]:
+    """The options of the question that every test here asks."""
+    return [
+        "--context",
+        str(document),
+        "--prefix",
+        "Read: ",
+        "--question",
+        QUESTION,
+        "--max-tokens",
+        str(NEW_TOKENS),
+    ]
+
+
+def as_read(text: str) -> str:
+    """A printed text as a pipe in text mode gives it: a model of random weights writes any sign."""
+    return f"{text}\n".replace("\r\n", "\n").replace("\r", "\n")
+
+
+def local_cluster(model: Path | str, workers: int = 2) -> list[str]:
+    return ["--model", str(model), "--cpu", "--workers", str(workers)]
+
+
+def assert_same_answer(output: str, expected: pb.Summary) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(output)
+    assert answer["text"] == expected.text
+    assert answer["token_ids"] == list(expected.token_ids)
+    assert answer["kept_context_indices"] == list(expected.kept_context_indices)
+    assert answer["finish_reason"] == "length"
+    assert answer["prompt_tokens"] == expected.prompt_tokens
+    assert set(answer["nodes_by_worker"]) == {"worker-0", "worker-1"}
+    return answer
+
+
+def test_generate_on_a_cluster_of_its_own(
+    box: Sandbox, text_model: Path, document: Path, expected: pb.Summary
+) -> None:
+    done = box.run(HOMER, "generate", *local_cluster(text_model), *ask(document), "--json")
+    assert done.returncode == 0, done.stderr
+    assert_same_answer(done.stdout, expected)
+    box.assert_empty()
+
+
+def test_generate_on_a_service_prints_answer_and_progress_apart(
+    box: Sandbox, service: HomerClient, document: Path, expected: pb.Summary
+) -> None:
+    done = box.run(HOMER, "generate", "--server", service.address, *ask(document))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == as_read(expected.text)
+    assert "prompt tokens: " in done.stderr
+    assert re.search(r"leaves (\d+)/\1, merges (\d+)/\2", done.stderr)
+    assert "tokens in" in done.stderr
+
+
+def test_progress_is_drawn_on_a_terminal(
+    box: Sandbox, service: HomerClient, document: Path, expected: pb.Summary
+) -> None:
+    terminal, end = pty.openpty()
+    started = box.start(HOMER, "generate", "--server", service.address, *ask(document), stderr=end)
+    os.close(end)
+    assert started.stdout is not None
+    assert started.stdout.read() == as_read(expected.text)
+    assert started.wait() == 0
+    drawn = b""
+    try:
+        while piece := os.read(terminal, 65536):
+            drawn += piece
+    except OSError:
+        # The end of a terminal whose other side is closed.
+        pass
+    os.close(terminal)
+    assert "leaves" in drawn.decode()
+    assert "━" in drawn.decode()
+
+
+def test_the_document_can_come_from_stdin(
+    box: Sandbox, service: HomerClient, expected: pb.Summary
+) -> None:
+    started = box.start(
+        HOMER, "generate", "--server", service.address, *ask("-"), "--json", stdin=subprocess.PIPE
+    )
+    output, errors = started.communicate(CONTEXT)
+    assert started.returncode == 0, errors
+    assert errors == ""
+    assert_same_answer(output, expected)
+
+
+MISTAKES: list[tuple[list[str], int, str]] = [
+    (["--server", "127.0.0.1:9", *ask("/no/such/file")], 2, "cannot read the document"),
+    (["--server", "127.0.0.1:9", *ask(os.devnull)], 2, "is empty"),
+    (["--server", "127.0.0.1:9", *ask(sys.executable)], 2, "is not UTF-8 text"),
+    (["--server", "127.0.0.1:9", *ask(__file__)], 3, "no Homer service answers at 127.0.0.1:9"),
+    (ask(__file__), 2, "give either --model or --server"),
+    (["--model", "x", "--server", "y", *ask(__file__)], 2, "give either --model or --server"),
+]
+
+
+@pytest.mark.parametrize(("options", "code", "message"), MISTAKES)
+def test_mistakes_are_told_in_one_line(
+    box: Sandbox, options: list[str], code: int, message: str
+) -> None:
+    done = box.run(HOMER, "generate", *options)
+    assert done.returncode == code
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(model_dir("A"), "has no tokenizer"), (Path("/no/such/model"), "/no/such/model")],
+)
+def test_a_model_that_cannot_be_used(
+    box: Sandbox, document: Path, model: Path, message: str
+) -> None:
+    done = box.run(HOMER, "generate", *local_cluster(model, 1), *ask(document))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    box.assert_empty()
+
+
+def test_no_room_says_what_is_missing(box: Sandbox, text_model: Path, document: Path) -> None:
+    done = box.run(HOMER, "generate", "--model", str(text_model), "--workers", "99", *ask(document))
+    assert done.returncode == 3
+    assert "no room for 99 worker(s) of 1 CPU, 1 GPU each" in done.stderr
+    assert "or use --cpu" in done.stderr or "lower --workers" in done.stderr
+    assert "Traceback" not in done.stderr
+    box.assert_empty()
+
+
+def test_ctrl_c_cancels_on_a_service(
+    box: Sandbox, service: HomerClient, long_document: Path
+) -> None:
+    started = box.start(
+        HOMER, "generate", "--server", service.address, *ask(long_document), stdout=subprocess.PIPE
+    )
+    poll(lambda: service.server_info().running_requests > 0, "the request does not start")
+    started.send_signal(signal.SIGINT)
+    assert started.wait(30) == 130
+    assert_nothing_held(service)
+
+
+def test_serve_answers_until_it_is_told_to_end(
+    box: Sandbox, text_model: Path, expected: pb.Summary
+) -> None:
+    started = box.start(
+        HOMER, "serve", *local_cluster(text_model), "--port", "0", stderr=subprocess.DEVNULL
+    )
+    assert started.stdout is not None
+    ready = next(line for line in started.stdout if line.startswith("homer serves"))
+    found = re.search(r" at (\S+) with 2 worker\(s\)", ready)
+    assert found
+    with HomerClient(found[1]) as client:
+        *_, summary = client.generate(
+            context=CONTEXT, question=QUESTION, prefix="Read: ", sampling={"max_tokens": NEW_TOKENS}
+        )
+    assert isinstance(summary, pb.Summary)
+    assert list(summary.token_ids) == list(expected.token_ids)
+    # Like Ctrl-C, but also what service managers send.
+    started.terminate()
+    assert started.wait(60) == 0
+    box.assert_empty()
+
+
+def test_ray_job_submit(
+    box: Sandbox, text_model: Path, document: Path, expected: pb.Summary
+) -> None:
+    port, dashboard, agent, agent_grpc, client, metrics, runtime = free_ports(7)
+    ray = str(BIN / "ray")
+    head = box.start(
+        ray,
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=4",
+        "--node-ip-address=127.0.0.1",
+        f"--temp-dir={box.folder}/ray",
+        f"--port={port}",
+        "--include-dashboard=true",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--dashboard-agent-grpc-port={agent_grpc}",
+        f"--ray-client-server-port={client}",
+        f"--metrics-export-port={metrics}",
+        f"--runtime-env-agent-port={runtime}",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    poll(lambda: _accepts(dashboard), "the dashboard does not start")
+    # Ray asks for a token by default, but its job client sends one only when told so.
+    box.env["RAY_AUTH_MODE"] = "token"
+    done = box.run(
+        ray,
+        "job",
+        "submit",
+        f"--address=http://127.0.0.1:{dashboard}",
+        "--working-dir=.",
+        "--",
+        "homer",
+        "generate",
+        *local_cluster(text_model),
+        *ask(document),
+        "--json",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (output,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
+    assert_same_answer(output, expected)
+    head.terminate()
+    head.wait(60)
+    box.assert_empty()
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
