@@ -14,6 +14,8 @@ import os
 import signal
 import sys
 
+import transformers
+
 from homer.errors import HomerError
 from workers.options import WorkerOptions
 from workers.server import WorkerServer
@@ -67,7 +69,7 @@ async def serve(options: WorkerOptions) -> None:
     for number in signals:
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_DFL)
-    logging.getLogger("workers").info("draining")
+    logging.getLogger(__package__).info("draining")
     await server.stop()
 
 
@@ -77,6 +79,8 @@ def main() -> int:
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    # Nobody watches a worker load; its log should hold whole lines.
+    transformers.utils.logging.disable_progress_bar()
     try:
         asyncio.run(serve(parse_options()))
     except HomerError as error:
