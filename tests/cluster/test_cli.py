@@ -226,6 +226,28 @@ def test_serve_answers_until_it_is_told_to_end(
     box.assert_empty()
 
 
+def test_ctrl_c_ends_a_cluster_of_its_own(
+    box: Sandbox, text_model: Path, long_document: Path
+) -> None:
+    started = box.start(HOMER, "generate", *local_cluster(text_model, 1), *ask(long_document))
+    assert started.stderr is not None
+    assert any("leaves" in line for line in started.stderr)
+    started.send_signal(signal.SIGINT)
+    assert started.wait(60) == 130
+    box.assert_empty()
+
+
+def test_the_demo_shows_what_survived_and_leaves_nothing_behind(box: Sandbox) -> None:
+    done = box.run(sys.executable, "-m", "cluster.demo", "--context-tokens", "6000")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"A document of (5,9|6,0)\d\d tokens", done.stdout)
+    assert re.search(r"\d+ context tokens survived, in \d+ passages", done.stdout)
+    assert "Right." in done.stdout
+    assert "worker-0 ran" in done.stdout
+    assert "worker-1 ran" in done.stdout
+    box.assert_empty()
+
+
 def test_ray_job_submit(
     box: Sandbox, text_model: Path, document: Path, expected: pb.Summary
 ) -> None:

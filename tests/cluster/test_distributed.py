@@ -10,10 +10,15 @@ from functools import cache
 from typing import Any, cast
 
 import pytest
+import torch
 
 from cluster.job import Job, JobSummary, Sampling, TokenOut
 from cluster.scheduler import Scheduler
+from cluster.text import PromptIds, PromptTokenizer
 from homer import HomerConfig, HomerModel, MergePlan
+from homer.demo import MODEL_DIR
+from homer.demo.tasks import make_sample
+from homer.shape import BIAS_FILE, ModelShape, homer_defaults
 from tests.cluster.conftest import Run, connected
 from tests.golden_cases import GoldenCase
 
@@ -118,3 +123,40 @@ def test_any_number_of_workers_equals_one_process(
     assert list(summary.context_indices) == kept
     assert tokens == expected
     assert sum(summary.nodes_by_worker.values()) == len(job.plan.nodes)
+
+
+@pytest.mark.parametrize("mode", ["paper", "refreshed"])
+@pytest.mark.parametrize("workers", WORKERS)
+def test_the_demo_model_answers_as_in_one_process(
+    workers: int, mode: str, worker_addresses: Callable[[str], list[str]], run: Run[Any]
+) -> None:
+    addresses = worker_addresses(str(MODEL_DIR))[:workers]
+    config, ids, kept, expected = demo_answer(mode)
+    plan = MergePlan.build(
+        len(ids.prefix),
+        len(ids.context),
+        len(ids.suffix),
+        ModelShape.load(MODEL_DIR).num_layers,
+        config,
+    )
+    job = Job(uuid.uuid4().hex, plan, *ids, Sampling(max_new_tokens=NEW_TOKENS))
+    tokens, summary = run(run_job(addresses, job, pieces_per_worker=4))
+    assert list(summary.context_indices) == kept
+    assert tokens == expected
+
+
+@cache
+def demo_answer(mode: str) -> tuple[HomerConfig, PromptIds, list[int], list[int]]:
+    """Settings, prompt, surviving context indices and greedy tokens of one process."""
+    tokenizer = PromptTokenizer.load(str(MODEL_DIR))
+    assert tokenizer is not None
+    sample = make_sample("passkey", 4000, tokenizer.count_tokens, seed=1)
+    ids = tokenizer.prompt_ids(sample.prefix, sample.context, sample.suffix)
+    config = homer_defaults(MODEL_DIR)
+    if mode == "paper":
+        config = config.replace(plan="paper", refresh_suffix=False)
+    model = HomerModel.from_pretrained(MODEL_DIR, config=config, bias=MODEL_DIR / BIAS_FILE)
+    prefix, document, suffix = (torch.tensor(part) for part in ids)
+    context = model.compress(prefix, document, suffix)
+    tokens = model.generate(context, max_new_tokens=NEW_TOKENS)
+    return config, ids, context.context_indices.tolist(), tokens.tolist()
