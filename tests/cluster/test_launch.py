@@ -1,0 +1,90 @@
+"""Why a service does not start, and that nothing of it stays on the Ray cluster."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster.client import HomerClient
+from cluster.errors import PlacementError
+from cluster.launch import running_service
+from cluster.options import CompressionOverrides, ServeOptions, placement_problem
+from homer.errors import ConfigError, HomerError
+from tests.cluster.conftest import LOGICAL_CPUS, poll
+from tests.golden_cases import model_dir
+
+
+def options(**given: object) -> ServeOptions:
+    settings = {"model": str(model_dir("M")), "cpu": True, "port": 0, "name": "broken", **given}
+    return ServeOptions(**settings)  # type: ignore[arg-type]
+
+
+def refusal(made: ServeOptions) -> HomerError:
+    with pytest.raises(HomerError) as caught, running_service(made):
+        pytest.fail("the service started")
+    assert "Traceback" not in str(caught.value)
+    return caught.value
+
+
+def test_no_room_says_what_is_missing(ray_session: None) -> None:
+    made = options(workers=2, threads=LOGICAL_CPUS, placement_timeout_seconds=1)
+    error = refusal(made)
+    assert isinstance(error, PlacementError)
+    assert f"no room for 2 worker(s) of {LOGICAL_CPUS} CPU each" in str(error)
+    assert f"has {LOGICAL_CPUS} CPU (" in str(error)
+    assert "lower --workers or --threads" in str(error)
+
+
+def test_no_gpu_suggests_the_cpu() -> None:
+    error = placement_problem(options(cpu=False, workers=3), {"CPU": 8}, {"CPU": 2}, nodes=2)
+    assert "no room for 3 worker(s) of 1 CPU, 1 GPU each" in str(error)
+    assert "of 2 node(s) has 8 CPU (2 free), 0 GPU (0 free)" in str(error)
+    assert str(error).endswith("lower --workers, or use --cpu")
+
+
+def test_a_model_that_is_not_there(ray_session: None) -> None:
+    assert "/no/such/model" in str(refusal(options(model="/no/such/model")))
+
+
+def test_a_port_that_is_taken(ray_session: None) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        error = refusal(options(port=port))
+    assert isinstance(error, PlacementError)
+    assert f"cannot listen on 127.0.0.1:{port}" in str(error)
+    assert "choose another --port" in str(error)
+
+
+def test_settings_that_cannot_be(ray_session: None) -> None:
+    error = refusal(options(compression=CompressionOverrides(target_len=0)))
+    assert isinstance(error, ConfigError)
+    assert "target_len is 0" in str(error)
+
+
+def test_a_name_that_is_in_use(service: HomerClient) -> None:
+    error = refusal(options(name="shared"))
+    assert isinstance(error, PlacementError)
+    assert "a service named 'shared' is running" in str(error)
+
+
+def test_a_service_that_ended_gives_back_its_place(ray_session: None, text_model: Path) -> None:
+    before = ray.available_resources().get("CPU")
+    with running_service(options(model=str(text_model), name="short")) as address:
+        with HomerClient(address) as client:
+            assert client.server_info().model == str(text_model)
+        assert ray.available_resources().get("CPU") != before
+    poll(lambda: ray.available_resources().get("CPU") == before, "the place is not given back")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"workers": 0}, "workers is 0"), ({"threads": 0}, "threads is 0"), ({"port": -1}, "port is")],
+)
+def test_options_out_of_range(given: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        options(**given)
