@@ -19,7 +19,7 @@ from homer.errors import PromptError, StateError
 from homer.generation import FinishReason, generate_tokens
 from homer.plan import NodeId, PlanNode
 from homer.sampling import SamplingParams
-from homer.state import NodeState, rows_of
+from homer.state import NodeState
 from homer.v1 import worker_pb2
 from workers.engine import Engine, LoadedModel
 from workers.gather import Gather
@@ -171,8 +171,6 @@ class Runner:
         """
         freed = 0
         for shards, shard in held.shards_below(node_id):
-            if len(rows_of(shard.context_indices, kept)) == len(shard.context_indices):
-                continue
             (smaller,) = copy_shards([shard])
             await self.engine.move(smaller.select_, kept)
             where = next((i for i, other in enumerate(shards) if other is shard), None)
@@ -282,14 +280,24 @@ def _timed_leaf(
     encoder: TreeEncoder, node: PlanNode, context_ids: torch.Tensor
 ) -> tuple[NodeState, float]:
     started = time.perf_counter()
-    return encoder.run_subtree(node.id, context_ids), time.perf_counter() - started
+    state = encoder.run_subtree(node.id, context_ids)
+    _wait_for_device(state)
+    return state, time.perf_counter() - started
 
 
 def _timed_merge(
     encoder: TreeEncoder, node: PlanNode, children: Sequence[NodeState]
 ) -> tuple[NodeState, float]:
     started = time.perf_counter()
-    return encoder.merge(node.id, children), time.perf_counter() - started
+    state = encoder.merge(node.id, children)
+    _wait_for_device(state)
+    return state, time.perf_counter() - started
+
+
+def _wait_for_device(state: NodeState) -> None:
+    """A node is done when its numbers are there, not when an accelerator was told to make them."""
+    if state.hidden.is_cuda:
+        torch.cuda.synchronize(state.hidden.device)
 
 
 def _next_token(tokens: Generator[int, None, FinishReason]) -> int | FinishReason:

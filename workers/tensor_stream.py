@@ -27,7 +27,7 @@ if sys.byteorder != "little":
         "workers.tensor_stream sends memory as it is and needs a little-endian machine"
     )
 
-FRAME_BYTES = 1 << 20
+FRAME_BYTES = 1 << 21
 MAX_RANK = 8
 MAX_SIZE = 1 << 40
 

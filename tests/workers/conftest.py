@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
 from tests.golden_cases import model_dir
-from tests.workers.processes import WorkerProcess
+from tests.workers.processes import WorkerProcess, running_workers
 
 WorkersOf = Callable[[str], list[WorkerProcess]]
 
@@ -16,18 +17,15 @@ WorkersOf = Callable[[str], list[WorkerProcess]]
 def workers_of() -> Iterator[WorkersOf]:
     """Two running workers that serve a golden model, by the model's name."""
     running: dict[str, list[WorkerProcess]] = {}
+    with ExitStack() as stack:
 
-    def get(model: str) -> list[WorkerProcess]:
-        if model not in running:
-            running[model] = []
-            for _ in range(2):
-                running[model].append(WorkerProcess(model_dir(model)))
-        return running[model]
+        def get(model: str) -> list[WorkerProcess]:
+            if model not in running:
+                pair = running_workers(model_dir(model), count=2)
+                running[model] = stack.enter_context(pair)
+            return running[model]
 
-    yield get
-    for workers in running.values():
-        for worker in workers:
-            worker.stop()
+        yield get
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,12 +45,16 @@ class WorkerProcess:
             text=True,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         )
+
+    def wait_until_ready(self) -> WorkerProcess:
+        """Wait for the line that it prints, and connect to it."""
         self.ready_line = self._first_line()
         words = dict(word.split("=") for word in self.ready_line.split()[2:])
         self.address = f"{words['host']}:{words['port']}"
         self.reported_pid = int(words["pid"])
         self.channel = grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
         self.stub = worker_pb2_grpc.WorkerStub(self.channel)
+        return self
 
     def stats(self) -> worker_pb2.GetWorkerStatsResponse:
         return self.stub.GetWorkerStats(worker_pb2.GetWorkerStatsRequest(), timeout=CALL_SECONDS)
@@ -67,7 +72,6 @@ class WorkerProcess:
 
     def stop(self) -> int:
         """Ask it to end, as a process manager does; returns its exit status."""
-        self.channel.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -88,6 +92,17 @@ class WorkerProcess:
         if not line:
             raise RuntimeError(f"the worker ended with status {self.process.wait()}")
         return line.strip()
+
+
+@contextmanager
+def running_workers(model: Path, *options: str, count: int = 1) -> Iterator[list[WorkerProcess]]:
+    """Workers that start side by side, and are stopped at the end."""
+    workers = [WorkerProcess(model, *options) for _ in range(count)]
+    try:
+        yield [worker.wait_until_ready() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.stop()
 
 
 @dataclass

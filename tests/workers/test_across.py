@@ -11,7 +11,7 @@ from homer.plan import PlanNode
 from homer.v1 import worker_pb2
 from tests.golden_cases import GoldenCase
 from tests.workers.conftest import WorkersOf
-from tests.workers.processes import Prompt, WorkerProcess, release, run_across
+from tests.workers.processes import Prompt, WorkerProcess, release, run_across, running_workers
 
 TOKENS = 12
 
@@ -24,21 +24,18 @@ def local_model(name: str) -> HomerModel:
 
 def plan_of(case: GoldenCase, mode: str) -> MergePlan:
     paper = case.config
-    config = (
-        paper
-        if mode == "paper"
-        else HomerConfig(
-            max_chunk_len=paper.max_chunk_len,
-            target_len=paper.target_len,
-            warmup_layers=paper.warmup_layers,
-            max_initial_chunk_len=paper.max_initial_chunk_len,
-        )
+    ours = HomerConfig(
+        max_chunk_len=paper.max_chunk_len,
+        target_len=paper.target_len,
+        warmup_layers=paper.warmup_layers,
+        max_initial_chunk_len=paper.max_initial_chunk_len,
     )
+    config = {"paper": paper, "refreshed": ours, "wide": ours.replace(fan_in=4)}[mode]
     prefix_len, context_len, suffix_len = (part.numel() for part in case.parts)
     return MergePlan.build(prefix_len, context_len, suffix_len, case.num_layers, config)
 
 
-@pytest.mark.parametrize("mode", ["paper", "refreshed"])
+@pytest.mark.parametrize("mode", ["paper", "refreshed", "wide"])
 @pytest.mark.parametrize(
     ("name", "cut_height"),
     [
@@ -77,6 +74,18 @@ def test_two_workers_equal_one_process(
         assert list(answer.ready.context_indices) == case.expected["kept_context_index"].tolist()
     release(prompt, workers)
     assert all(worker.holds_nothing() for worker in workers)
+
+
+def test_half_precision_travels_as_it_is() -> None:
+    case = GoldenCase.load("m_3c_mqa")
+    plan = plan_of(case, "paper")
+    model = HomerModel.from_pretrained(case.model_dir, plan.config, device="cpu", dtype="bfloat16")
+    context = model.compress(*case.parts)
+    expected = model.generate(context, max_new_tokens=TOKENS, ignore_eos=True)
+    with running_workers(case.model_dir, "--dtype", "bfloat16", count=2) as workers:
+        answer = run_across(Prompt.of("half", plan, case.parts), workers, 0, max_tokens=TOKENS)
+    assert list(answer.ready.context_indices) == context.context_indices.tolist()
+    assert answer.tokens == expected.tolist()
 
 
 def least_state_bytes(plan: MergePlan, node: PlanNode, hidden_size: int, row_bytes: int) -> int:

@@ -13,7 +13,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.golden_cases import GoldenCase, model_dir
-from tests.workers.processes import CALL_SECONDS, Prompt, WorkerProcess, eventually, release
+from tests.workers.processes import (
+    CALL_SECONDS,
+    Prompt,
+    WorkerProcess,
+    eventually,
+    release,
+    running_workers,
+)
 from workers.__main__ import parse_options
 from workers.bench import measure
 from workers.options import WorkerOptions
@@ -30,8 +37,7 @@ def health(worker: WorkerProcess, service: str = "") -> int:
 
 def test_a_worker_drains_when_it_is_told_to_end() -> None:
     case = GoldenCase.load("a_fit_small")
-    worker = WorkerProcess(model_dir("A"), "--grace-seconds", "60")
-    try:
+    with running_workers(model_dir("A"), "--grace-seconds", "60") as (worker,):
         assert health(worker) == health(worker, "homer.v1.Worker") == SERVING
         prompt = Prompt.of("drain", case.plan, case.parts)
         root = prompt.plan.root.id
@@ -53,14 +59,11 @@ def test_a_worker_drains_when_it_is_told_to_end() -> None:
         rest = list(events)
         assert rest[-1].summary.generated_tokens == 300
         assert worker.process.wait(60) == 0
-    finally:
-        worker.stop()
 
 
 def test_calls_that_outlast_the_grace_are_stopped() -> None:
     case = GoldenCase.load("a_fit_small")
-    worker = WorkerProcess(model_dir("A"), "--grace-seconds", "0.2")
-    try:
+    with running_workers(model_dir("A"), "--grace-seconds", "0.2") as (worker,):
         prompt = Prompt.of("endless", case.plan, case.parts)
         list(worker.stub.RunSubtree(prompt.subtree(prompt.plan.root.id), timeout=CALL_SECONDS))
         call = worker.stub.GenerateTokens(prompt.generate([], 50_000), timeout=CALL_SECONDS)
@@ -70,8 +73,6 @@ def test_calls_that_outlast_the_grace_are_stopped() -> None:
         assert worker.process.wait(30) == 0
         with pytest.raises(grpc.RpcError):
             list(events)
-    finally:
-        worker.stop()
 
 
 def test_ready_is_said_in_one_line(workers: list[WorkerProcess]) -> None:
@@ -170,24 +171,22 @@ def test_options_come_from_the_dataclass() -> None:
 
 def test_a_dead_peer_is_noticed_soon(workers: list[WorkerProcess]) -> None:
     case = GoldenCase.load("a_2c_min")
-    merger, peer = workers[0], WorkerProcess(model_dir("A"))
+    merger = workers[0]
     prompt = Prompt.of("dead-peer", case.plan, case.parts)
-    try:
-        root = prompt.plan.root
-        left, right = root.children
+    root = prompt.plan.root
+    left, right = root.children
+    with running_workers(model_dir("A")) as (peer,):
         list(merger.stub.RunSubtree(prompt.subtree(left), timeout=CALL_SECONDS))
         list(peer.stub.RunSubtree(prompt.subtree(right), timeout=CALL_SECONDS))
         peer.process.kill()
         started = time.monotonic()
         with pytest.raises(grpc.RpcError) as failed:
             merger.stub.Merge(prompt.merge(root.id, ["", peer.address]), timeout=CALL_SECONDS)
-        assert isinstance(failed.value, grpc.Call)
-        assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert peer.address in (failed.value.details() or "")
-        assert time.monotonic() - started < 20
-    finally:
-        peer.stop()
-        release(prompt, [merger])
+    assert isinstance(failed.value, grpc.Call)
+    assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert peer.address in (failed.value.details() or "")
+    assert time.monotonic() - started < 20
+    release(prompt, [merger])
 
 
 def test_the_transfer_bench_moves_everything_both_ways() -> None:
