@@ -48,7 +48,7 @@ def demo(
     )
     options = ServeOptions(model=str(MODEL_DIR), workers=workers, cpu=True, threads=1, port=0)
     console.print(f"Starting Ray and {workers} workers …")
-    with ray_cluster(None, options), running_service(options) as address:
+    with ray_cluster(None, options) as placed, running_service(placed) as address:
         ready = time.perf_counter()
         with HomerClient(address) as client:
             info = client.server_info()

@@ -5,6 +5,7 @@ What the command line, the demo and the tests use. Knows nothing about requests.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -27,16 +28,20 @@ from homer.errors import HomerError
 _log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_SECONDS = 30.0
+LOOPBACK = "127.0.0.1"
 
 
 @contextmanager
 def ray_cluster(
     address: str | None, options: ServeOptions, *, show_logs: bool = False
-) -> Iterator[None]:
+) -> Iterator[ServeOptions]:
     """Join the Ray cluster at `address`, or start one on this machine for as long as this lasts.
 
     A cluster started here has its own ports and folder, so that it disturbs no other Ray of the
     machine, and all of its processes end with it.
+
+    Gives the options for a service on this cluster: on one of this machine alone, workers listen on
+    the loopback address.
 
     Raises
     ------
@@ -67,15 +72,17 @@ def ray_cluster(
                 address="local",
                 num_cpus=int(options.bundle["CPU"]) * options.workers,
                 include_dashboard=False,
+                # Ray runs workers at the lowest priority; here somebody waits for them.
+                _system_config={"worker_niceness": 0},
                 _temp_dir=folder,
-                _node_ip_address="127.0.0.1",
                 **common,
             )
             _check_room(options)
+            options = dataclasses.replace(options, worker_host=LOOPBACK)
         if threading.current_thread() is threading.main_thread():
             # Ray takes over SIGTERM; how this process ends is for its caller to say.
             signal.signal(signal.SIGTERM, on_term or signal.SIG_DFL)
-        yield
+        yield options
     finally:
         ray.shutdown()
         if folder is not None:

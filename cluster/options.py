@@ -50,6 +50,8 @@ class ServeOptions:
         "auto" (the checkpoint's own), float32, bfloat16 or float16.
     bias : str, optional
         A calibration bias file; by default the one beside the model, where there is one.
+    worker_host : str, optional
+        Where workers listen; by default on their node's own address.
     host, port
         Where the gRPC door listens; port 0 is any free one.
     name : str
@@ -66,6 +68,7 @@ class ServeOptions:
     threads: int = 1
     dtype: str = "auto"
     bias: str | None = None
+    worker_host: str | None = None
     host: str = "127.0.0.1"
     port: int = 50051
     name: str = "homer"

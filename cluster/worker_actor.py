@@ -25,10 +25,11 @@ class WorkerActor:
 
     def __init__(self, options: ServeOptions) -> None:
         logging.basicConfig(level=logging.INFO)
+        self._host = options.worker_host or get_node_ip_address()
         self._server = WorkerServer(
             WorkerOptions(
                 model=options.model,
-                host=get_node_ip_address(),
+                host=self._host,
                 device="cpu" if options.cpu else "cuda:0",
                 dtype=options.dtype,
                 threads=options.threads if options.cpu else 0,
@@ -39,7 +40,7 @@ class WorkerActor:
     async def start(self) -> str:
         """Load the model and serve; returns the address."""
         port = await self._server.start()
-        return f"{get_node_ip_address()}:{port}"
+        return f"{self._host}:{port}"
 
     async def stop(self) -> None:
         """Drain and end."""

@@ -127,8 +127,8 @@ def _read(context: str) -> str:
 def _start(stack: ExitStack, address: str | None, options: Any) -> str:
     from cluster.launch import ray_cluster, running_service
 
-    stack.enter_context(ray_cluster(address, options))
-    return stack.enter_context(running_service(options))
+    placed = stack.enter_context(ray_cluster(address, options))
+    return stack.enter_context(running_service(placed))
 
 
 def _ask(server: str, request: dict[str, Any], view: Any, as_json: bool) -> None:

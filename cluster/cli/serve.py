@@ -64,8 +64,8 @@ def serve(
     try:
         with (
             settings.ended_by_signals(),
-            ray_cluster(address, options, show_logs=True),
-            running_service(options) as service,
+            ray_cluster(address, options, show_logs=True) as placed,
+            running_service(placed) as service,
         ):
             # On stdout and in one line, for scripts that wait for it.
             typer.echo(f"homer serves {model} at {service} with {workers} worker(s)")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pytest
 
 from cluster.client import HomerClient
-from cluster.launch import ray_cluster, running_service
+from cluster.launch import LOOPBACK, ray_cluster, running_service
 from cluster.options import ServeOptions
 from cluster.pool import WorkerPool
 from cluster.worker_client import GrpcWorkerClient
@@ -124,7 +124,9 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def service(ray_session: None, text_model: Path) -> Iterator[HomerClient]:
     """A client of a service of two workers with a tokenizer."""
-    options = ServeOptions(model=str(text_model), cpu=True, workers=2, port=0, name="shared")
+    options = ServeOptions(
+        model=str(text_model), cpu=True, workers=2, port=0, name="shared", worker_host=LOOPBACK
+    )
     with ExitStack() as stack:
         address = stack.enter_context(running_service(options))
         yield stack.enter_context(HomerClient(address))

@@ -200,6 +200,9 @@ def test_serve_answers_until_it_is_told_to_end(
     found = re.search(r" at (\S+) with 2 worker\(s\)", ready)
     assert found
     with HomerClient(found[1]) as client:
+        # A cluster on this machine alone is reached from this machine alone.
+        addresses = [worker.address for worker in client.server_info().workers]
+        assert {address.split(":")[0] for address in addresses} == {"127.0.0.1"}
         *_, summary = client.generate(
             context=CONTEXT, question=QUESTION, prefix="Read: ", sampling={"max_tokens": NEW_TOKENS}
         )
