@@ -238,7 +238,7 @@ def _context(
         if rng.random() < 0.5:
             first = stated[rng.choice(list(stated))]
             pieces = [first, *(piece for piece in pieces if piece is not first)]
-        unspaced = maker._encode(maker.tokenizer.decode(pieces[0])[1:])
+        unspaced = maker._encode(str(maker.tokenizer.decode(pieces[0]))[1:])
         for name, tokens in stated.items():
             if tokens is pieces[0]:
                 stated[name] = unspaced

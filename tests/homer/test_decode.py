@@ -6,6 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from homer import HomerConfig, HomerModel
+from homer.context import CompressedContext
 from homer.decode import DecodeCache, decode_step
 
 
@@ -24,12 +25,14 @@ def tiny_model() -> HomerModel:
     return HomerModel(LlamaForCausalLM(config).eval(), settings)
 
 
+def compress(homer: HomerModel, length: int) -> CompressedContext:
+    prefix, context, suffix = (torch.randint(0, 120, (n,)) for n in (2, length, 5))
+    return homer.compress(prefix, context, suffix)
+
+
 def test_answers_that_join_and_leave_a_batch_are_those_decoded_alone() -> None:
     homer = tiny_model()
-    contexts = [
-        homer.compress(*(torch.randint(0, 120, (n,)) for n in (2, length, 5)))
-        for length in (30, 200, 500, 900)
-    ]
+    contexts = [compress(homer, length) for length in (30, 200, 500, 900)]
     alone = [homer.generate(c, max_new_tokens=12, ignore_eos=True).tolist() for c in contexts]
     answers: list[list[int]] = [[int(context.logits.argmax())] for context in contexts]
     caches = [DecodeCache(context, 12) for context in contexts]
@@ -50,7 +53,7 @@ def test_answers_that_join_and_leave_a_batch_are_those_decoded_alone() -> None:
 def test_decoding_is_the_plain_model_over_the_same_cache() -> None:
     """The reference is transformers' own forward pass over the context as a cache."""
     homer = tiny_model()
-    context = homer.compress(*(torch.randint(0, 120, (n,)) for n in (2, 400, 5)))
+    context = compress(homer, 400)
     tokens = homer.generate(context, max_new_tokens=10, ignore_eos=True).tolist()
     cache, by_hand = context.past_key_values, [int(context.logits.argmax())]
     with torch.no_grad():

@@ -108,7 +108,7 @@ def test_equal_seeds_draw_equal_batches(maker: BatchMaker) -> None:
 
 def test_some_rows_begin_like_a_document_and_some_with_the_key(maker: BatchMaker) -> None:
     starts = [
-        maker.tokenizer.decode(row[batch.context])
+        str(maker.tokenizer.decode(row[batch.context]))
         for batch in (maker.draw(stage(1)) for _ in range(30))
         for row in batch.ids
     ]
