@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from tests.cluster.conftest import poll
@@ -43,6 +44,8 @@ class Sandbox:
             env=self.env,
             cwd=REPOSITORY,
             text=True,
+            # A shell starts what it puts in the background with Ctrl-C ignored, and that is inherited.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
         )
 
