@@ -44,7 +44,7 @@ class Sandbox:
             env=self.env,
             cwd=REPOSITORY,
             text=True,
-            # A shell starts what it puts in the background with Ctrl-C ignored, and that is inherited.
+            # A shell starts background jobs with Ctrl-C ignored, and that is inherited.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
         )
