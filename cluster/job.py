@@ -49,6 +49,8 @@ class NodeDone:
     context_in: int
     context_out: int
     seconds: float
+    # By the worker's clock; 0 where it was not told.
+    started_unix_seconds: float = field(default=0.0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class MergeDone(NodeDone):
     transfer_seconds: float
     received_bytes: int
     context_indices: Sequence[int]
+    transfer_started_unix_seconds: float = field(default=0.0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class CacheReady:
     refresh_seconds: float
     received_bytes: int
     context_indices: Sequence[int]
+    started_unix_seconds: float = field(default=0.0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class GenerateDone:
     generated_tokens: int
     finish_reason: Stop
     decode_seconds: float
+    started_unix_seconds: float = field(default=0.0, kw_only=True)
 
 
 GenerateEvent = CacheReady | TokenOut | GenerateDone
@@ -160,6 +165,15 @@ class WorkerStats:
     state_bytes: int
     kv_shard_bytes: int
     running_calls: int
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    leaves_done: int = 0
+    merges_done: int = 0
+    generated_tokens: int = 0
+    resident_bytes: int = 0
+    accelerator_bytes: int = 0
+    # Its clock when it answered; 0 where it was not told.
+    unix_seconds: float = 0.0
 
 
 class WorkerClient(Protocol):

@@ -72,6 +72,14 @@ class GrpcWorkerClient:
             state_bytes=stats.state_bytes,
             kv_shard_bytes=stats.kv_shard_bytes,
             running_calls=stats.running_calls,
+            sent_bytes=stats.sent_bytes,
+            received_bytes=stats.received_bytes,
+            leaves_done=stats.leaves_done,
+            merges_done=stats.merges_done,
+            generated_tokens=stats.generated_tokens,
+            resident_bytes=stats.resident_bytes,
+            accelerator_bytes=stats.accelerator_bytes,
+            unix_seconds=stats.unix_seconds,
         )
 
     async def run_subtree(self, job: Job, node: NodeId, attempt: int) -> AsyncIterator[NodeDone]:
@@ -89,6 +97,7 @@ class GrpcWorkerClient:
                     context_in=done.context_tokens_in,
                     context_out=done.context_tokens_out,
                     seconds=done.compute_seconds,
+                    started_unix_seconds=done.started_unix_seconds,
                 )
 
     async def merge(
@@ -113,6 +122,8 @@ class GrpcWorkerClient:
             transfer_seconds=done.transfer_seconds,
             received_bytes=done.received_bytes,
             context_indices=done.context_indices,
+            started_unix_seconds=done.started_unix_seconds,
+            transfer_started_unix_seconds=done.transfer_started_unix_seconds,
         )
 
     async def prune(
@@ -151,6 +162,7 @@ class GrpcWorkerClient:
                             refresh_seconds=ready.refresh_seconds,
                             received_bytes=ready.received_bytes,
                             context_indices=ready.context_indices,
+                            started_unix_seconds=ready.started_unix_seconds,
                         )
                     case "token":
                         yield TokenOut(event.token.token_id)
@@ -160,6 +172,7 @@ class GrpcWorkerClient:
                             generated_tokens=event.summary.generated_tokens,
                             finish_reason="stop" if stopped else "length",
                             decode_seconds=event.summary.decode_seconds,
+                            started_unix_seconds=event.summary.started_unix_seconds,
                         )
 
     async def release(self, request_id: str) -> None:

@@ -74,12 +74,14 @@ class Runner:
         for node in nodes:
             if node.is_leaf:
                 span = context_ids[node.context_start - first : node.context_end - first]
-                state, seconds = await self.engine.step(_timed_leaf, encoder, node, span)
+                state, began, seconds = await self.engine.step(_timed_leaf, encoder, node, span)
                 self.counters.leaves_done += 1
             else:
                 count = len(node.children)
                 children = [done.pop() for _ in range(count)][::-1]
-                state, seconds = await self.engine.step(_timed_merge, encoder, node, children)
+                state, began, seconds = await self.engine.step(
+                    _timed_merge, encoder, node, children
+                )
                 self.counters.merges_done += 1
                 children.clear()
             done.append(state)
@@ -91,6 +93,7 @@ class Runner:
                     context_tokens_in=node.context_in,
                     context_tokens_out=node.context_out,
                     compute_seconds=seconds,
+                    started_unix_seconds=began,
                 )
             )
 
@@ -103,7 +106,7 @@ class Runner:
     ) -> None:
         """Merge the children of a node; those that are not here come from `addresses`."""
         node = held.plan.by_id[node_id]
-        started = time.perf_counter()
+        transfer_began, started = time.time(), time.perf_counter()
         received = [0]
         children = await asyncio.gather(
             *(
@@ -112,7 +115,7 @@ class Runner:
             )
         )
         transfer_seconds = time.perf_counter() - started
-        state, seconds = await self.engine.step(_timed_merge, held.encoder, node, children)
+        state, began, seconds = await self.engine.step(_timed_merge, held.encoder, node, children)
         self.counters.merges_done += 1
         await self._prune_loose(held, node_id, state.context_indices)
         # Nothing waits from here on: either the children are held, or the merged state is.
@@ -128,6 +131,8 @@ class Runner:
                 transfer_seconds=transfer_seconds,
                 received_bytes=received[0],
                 context_indices=state.context_indices.tolist(),
+                started_unix_seconds=began,
+                transfer_started_unix_seconds=transfer_began,
             )
         )
 
@@ -192,7 +197,7 @@ class Runner:
         if context is None:
             raise StateError("the final cache is gone")
         emit(worker_pb2.GenerateTokensResponse(cache_ready=ready))
-        started = time.perf_counter()
+        began, started = time.time(), time.perf_counter()
         tokens = generate_tokens(self.model.stack, context, params)
         count = 0
         try:
@@ -211,6 +216,7 @@ class Runner:
             generated_tokens=count,
             finish_reason=FINISH_REASONS[token],
             decode_seconds=time.perf_counter() - started,
+            started_unix_seconds=began,
         )
         emit(worker_pb2.GenerateTokensResponse(summary=summary))
 
@@ -235,7 +241,7 @@ class Runner:
             node=write_node(root.node),
             context_indices=kept,
         )
-        started = time.perf_counter()
+        began, started = time.time(), time.perf_counter()
         gather = Gather(self.peers, addresses, request, self.model.stack)
         async with gather:
             remote = gather.layer if addresses else None
@@ -248,6 +254,7 @@ class Runner:
         ready = _describe_cache(held)
         ready.gather_seconds = gathered - started
         ready.refresh_seconds = ended - gathered
+        ready.started_unix_seconds = began
         ready.received_bytes = gather.received_bytes
         return ready
 
@@ -278,20 +285,20 @@ def _describe_cache(held: HeldRequest) -> worker_pb2.CacheReady:
 
 def _timed_leaf(
     encoder: TreeEncoder, node: PlanNode, context_ids: torch.Tensor
-) -> tuple[NodeState, float]:
-    started = time.perf_counter()
+) -> tuple[NodeState, float, float]:
+    began, started = time.time(), time.perf_counter()
     state = encoder.run_subtree(node.id, context_ids)
     _wait_for_device(state)
-    return state, time.perf_counter() - started
+    return state, began, time.perf_counter() - started
 
 
 def _timed_merge(
     encoder: TreeEncoder, node: PlanNode, children: Sequence[NodeState]
-) -> tuple[NodeState, float]:
-    started = time.perf_counter()
+) -> tuple[NodeState, float, float]:
+    began, started = time.time(), time.perf_counter()
     state = encoder.merge(node.id, children)
     _wait_for_device(state)
-    return state, time.perf_counter() - started
+    return state, began, time.perf_counter() - started
 
 
 def _wait_for_device(state: NodeState) -> None:

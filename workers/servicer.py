@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -218,6 +219,7 @@ class WorkerServicer:
             generated_tokens=self._counters.generated_tokens,
             resident_bytes=resident_bytes(),
             accelerator_bytes=accelerator_bytes(),
+            unix_seconds=time.time(),
         )
 
     @property

@@ -68,16 +68,18 @@ class RunSubtreeRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[RequestSpec, _Mapping]] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., context_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RunSubtreeResponse(_message.Message):
-    __slots__ = ("node", "context_tokens_in", "context_tokens_out", "compute_seconds")
+    __slots__ = ("node", "context_tokens_in", "context_tokens_out", "compute_seconds", "started_unix_seconds")
     NODE_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_IN_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_OUT_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     node: NodeId
     context_tokens_in: int
     context_tokens_out: int
     compute_seconds: float
-    def __init__(self, node: _Optional[_Union[NodeId, _Mapping]] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., compute_seconds: _Optional[float] = ...) -> None: ...
+    started_unix_seconds: float
+    def __init__(self, node: _Optional[_Union[NodeId, _Mapping]] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., started_unix_seconds: _Optional[float] = ...) -> None: ...
 
 class NodeLocation(_message.Message):
     __slots__ = ("node", "address")
@@ -100,7 +102,7 @@ class MergeRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[RequestSpec, _Mapping]] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., children: _Optional[_Iterable[_Union[NodeLocation, _Mapping]]] = ...) -> None: ...
 
 class MergeResponse(_message.Message):
-    __slots__ = ("node", "context_tokens_in", "context_tokens_out", "compute_seconds", "transfer_seconds", "received_bytes", "context_indices")
+    __slots__ = ("node", "context_tokens_in", "context_tokens_out", "compute_seconds", "transfer_seconds", "received_bytes", "context_indices", "started_unix_seconds", "transfer_started_unix_seconds")
     NODE_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_IN_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_OUT_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +110,8 @@ class MergeResponse(_message.Message):
     TRANSFER_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_INDICES_FIELD_NUMBER: _ClassVar[int]
+    STARTED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_STARTED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     node: NodeId
     context_tokens_in: int
     context_tokens_out: int
@@ -115,7 +119,9 @@ class MergeResponse(_message.Message):
     transfer_seconds: float
     received_bytes: int
     context_indices: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, node: _Optional[_Union[NodeId, _Mapping]] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., transfer_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ..., context_indices: _Optional[_Iterable[int]] = ...) -> None: ...
+    started_unix_seconds: float
+    transfer_started_unix_seconds: float
+    def __init__(self, node: _Optional[_Union[NodeId, _Mapping]] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., transfer_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ..., context_indices: _Optional[_Iterable[int]] = ..., started_unix_seconds: _Optional[float] = ..., transfer_started_unix_seconds: _Optional[float] = ...) -> None: ...
 
 class FetchStateRequest(_message.Message):
     __slots__ = ("request_id", "node", "attempt")
@@ -164,18 +170,20 @@ class GenerateTokensResponse(_message.Message):
     def __init__(self, cache_ready: _Optional[_Union[CacheReady, _Mapping]] = ..., token: _Optional[_Union[TokenPiece, _Mapping]] = ..., summary: _Optional[_Union[GenerateTokensSummary, _Mapping]] = ...) -> None: ...
 
 class CacheReady(_message.Message):
-    __slots__ = ("cache_tokens", "gather_seconds", "refresh_seconds", "received_bytes", "context_indices")
+    __slots__ = ("cache_tokens", "gather_seconds", "refresh_seconds", "received_bytes", "context_indices", "started_unix_seconds")
     CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GATHER_SECONDS_FIELD_NUMBER: _ClassVar[int]
     REFRESH_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_INDICES_FIELD_NUMBER: _ClassVar[int]
+    STARTED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     cache_tokens: int
     gather_seconds: float
     refresh_seconds: float
     received_bytes: int
     context_indices: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, cache_tokens: _Optional[int] = ..., gather_seconds: _Optional[float] = ..., refresh_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ..., context_indices: _Optional[_Iterable[int]] = ...) -> None: ...
+    started_unix_seconds: float
+    def __init__(self, cache_tokens: _Optional[int] = ..., gather_seconds: _Optional[float] = ..., refresh_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ..., context_indices: _Optional[_Iterable[int]] = ..., started_unix_seconds: _Optional[float] = ...) -> None: ...
 
 class TokenPiece(_message.Message):
     __slots__ = ("token_id",)
@@ -184,14 +192,16 @@ class TokenPiece(_message.Message):
     def __init__(self, token_id: _Optional[int] = ...) -> None: ...
 
 class GenerateTokensSummary(_message.Message):
-    __slots__ = ("generated_tokens", "finish_reason", "decode_seconds")
+    __slots__ = ("generated_tokens", "finish_reason", "decode_seconds", "started_unix_seconds")
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     DECODE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     generated_tokens: int
     finish_reason: _sampling_pb2.FinishReason
     decode_seconds: float
-    def __init__(self, generated_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., decode_seconds: _Optional[float] = ...) -> None: ...
+    started_unix_seconds: float
+    def __init__(self, generated_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., decode_seconds: _Optional[float] = ..., started_unix_seconds: _Optional[float] = ...) -> None: ...
 
 class PruneRequest(_message.Message):
     __slots__ = ("request_id", "node", "attempt", "context_indices", "context_start", "context_end")
@@ -272,7 +282,7 @@ class GetWorkerStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWorkerStatsResponse(_message.Message):
-    __slots__ = ("requests", "node_states", "kv_shards", "state_bytes", "kv_shard_bytes", "running_calls", "sent_bytes", "received_bytes", "leaves_done", "merges_done", "generated_tokens", "resident_bytes", "accelerator_bytes")
+    __slots__ = ("requests", "node_states", "kv_shards", "state_bytes", "kv_shard_bytes", "running_calls", "sent_bytes", "received_bytes", "leaves_done", "merges_done", "generated_tokens", "resident_bytes", "accelerator_bytes", "unix_seconds")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NODE_STATES_FIELD_NUMBER: _ClassVar[int]
     KV_SHARDS_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +296,7 @@ class GetWorkerStatsResponse(_message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     ACCELERATOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     requests: int
     node_states: int
     kv_shards: int
@@ -299,4 +310,5 @@ class GetWorkerStatsResponse(_message.Message):
     generated_tokens: int
     resident_bytes: int
     accelerator_bytes: int
-    def __init__(self, requests: _Optional[int] = ..., node_states: _Optional[int] = ..., kv_shards: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ..., running_calls: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., leaves_done: _Optional[int] = ..., merges_done: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ...) -> None: ...
+    unix_seconds: float
+    def __init__(self, requests: _Optional[int] = ..., node_states: _Optional[int] = ..., kv_shards: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ..., running_calls: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., leaves_done: _Optional[int] = ..., merges_done: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., unix_seconds: _Optional[float] = ...) -> None: ...
