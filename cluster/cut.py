@@ -11,12 +11,8 @@ from collections.abc import Hashable, Sequence
 
 from homer.plan import MergePlan, NodeId
 
-PIECES_PER_WORKER = 8
 
-
-def cut_plan(
-    plan: MergePlan, workers: int, pieces_per_worker: int = PIECES_PER_WORKER
-) -> tuple[NodeId, ...]:
+def cut_plan(plan: MergePlan, workers: int, pieces_per_worker: int) -> tuple[NodeId, ...]:
     """The roots of the subtrees that are handed out, in context order.
 
     All of one height: the highest that gives each of `workers` at least `pieces_per_worker` pieces,

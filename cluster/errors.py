@@ -24,6 +24,37 @@ class WorkerCallError(HomerError):
         self.code = code
 
 
+class PeerCallError(WorkerCallError):
+    """A worker could not get what it needs from another worker; it is well itself.
+
+    `address` is the other worker's, where it is known.
+    """
+
+    def __init__(self, message: str, code: str = "UNAVAILABLE", address: str = "") -> None:
+        super().__init__(message, code)
+        self.address = address
+
+
+class OverloadedError(HomerError):
+    """The service has more to do than it may queue; try again after `retry_after_seconds`."""
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class NoWorkersError(HomerError):
+    """No worker is left to run a request on; try again after `retry_after_seconds`."""
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class CapacityError(HomerError):
+    """A request needs more memory than all workers together have: trying again does not help."""
+
+
 class ServiceError(HomerError):
     """A Homer service refused or failed a request; `code` is the gRPC status code's name."""
 

@@ -31,7 +31,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Job:
-    """One request: a plan and the token ids that it is for."""
+    """One request: a plan and the token ids that it is for.
+
+    Of two requests that wait, the one of higher `priority` goes first; each also rises with its
+    age.
+    """
 
     request_id: str
     plan: MergePlan
@@ -39,11 +43,12 @@ class Job:
     context_ids: Sequence[int]
     suffix_ids: Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
+    priority: int = 0
 
 
 @dataclass(frozen=True)
 class NodeDone:
-    """A worker finished a node of a subtree."""
+    """A worker finished a node, in `seconds` of its own clock from `started_unix_seconds` on."""
 
     node: NodeId
     context_in: int
@@ -153,6 +158,9 @@ class WorkerInfo:
     dtype: str
     calibrated: bool
     max_distance: int
+    # All layers of one token; 0 where a worker does not say.
+    kv_bytes_per_token: int = 0
+    memory_budget_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,15 +184,30 @@ class WorkerStats:
     unix_seconds: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class SchedulerLoad:
+    """What a scheduler has to do now. A job is queued until something of it has started."""
+
+    running_jobs: int
+    queued_jobs: int
+    queued_tokens: int
+    busy_workers: tuple[str, ...]
+    idle_workers: tuple[str, ...]
+    draining_workers: tuple[str, ...]
+
+
 class WorkerClient(Protocol):
     """One worker, as the scheduler sees it.
 
-    Calls raise `WorkerLostError` when the worker is gone, `WorkerCallError` for a fault of the
-    worker, and `PromptError` for a mistake in the request. Cancelling a call stops its work.
+    Calls raise `WorkerLostError` when the worker does not answer, `PeerCallError` when it could not
+    get what it needs from another, `WorkerCallError` for a fault of the worker, and `PromptError`
+    for a mistake in the request. Cancelling a call stops its work.
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Unique among all workers there ever were: "worker-3", after a restart "worker-3.1"."""
+        ...
 
     @property
     def address(self) -> str: ...
@@ -206,9 +229,26 @@ class WorkerClient(Protocol):
     ) -> None: ...
 
     def generate(
-        self, job: Job, attempt: int, shard_addresses: Sequence[str]
-    ) -> AsyncIterator[GenerateEvent]: ...
+        self,
+        job: Job,
+        attempt: int,
+        shard_addresses: Sequence[str],
+        resume_token_ids: Sequence[int] = (),
+    ) -> AsyncIterator[GenerateEvent]:
+        """Answer; the tokens of `resume_token_ids` are taken as given, and only others come."""
+        ...
+
+    async def drop(self, request_id: str, node: NodeId, attempt: int) -> None:
+        """Forget the subtree under `node`, itself included, and stop what runs for it.
+
+        Nothing happens where a newer attempt is known; this one and older ones are refused later.
+        """
+        ...
 
     async def release(self, request_id: str) -> None: ...
+
+    async def reset(self, keep_request_ids: Sequence[str] = ()) -> None:
+        """Forget everything of every request but those named."""
+        ...
 
     async def close(self) -> None: ...

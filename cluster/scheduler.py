@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
-from cluster.cut import PIECES_PER_WORKER, cut_plan
+from cluster.cut import cut_plan
 from cluster.errors import WorkerCallError, WorkerLostError
 from cluster.job import (
     CacheReady,
@@ -22,17 +22,18 @@ from cluster.job import (
     Job,
     JobEvent,
     JobSummary,
+    SchedulerLoad,
     StageSeconds,
     TokenOut,
     WorkerClient,
 )
+from cluster.observer import Observer
 from cluster.run import JobRun, Merge, Piece
+from cluster.scheduler_options import SchedulerOptions
 from homer.errors import PromptError
 from homer.plan import MergePlan, NodeId
 
 _log = logging.getLogger(__name__)
-
-RELEASE_TIMEOUT_SECONDS = 10.0
 
 
 class _Active:
@@ -51,22 +52,89 @@ class Scheduler:
     Parameters
     ----------
     workers : sequence of WorkerClient
-        With distinct names. At least one.
-    pieces_per_worker : int
-        The least number of subtrees per worker into which a plan is cut, where it has as many
-        leaves.
+        With distinct names; others may join later.
+    options : SchedulerOptions
+    observer : Observer
+        Told of everything that happens.
+
+    Attributes
+    ----------
+    on_worker_lost : callable or None
+        Called once with a worker's name and the reason when the scheduler has given it up.
     """
 
     def __init__(
-        self, workers: Sequence[WorkerClient], *, pieces_per_worker: int = PIECES_PER_WORKER
+        self,
+        workers: Sequence[WorkerClient] = (),
+        *,
+        options: SchedulerOptions | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        if not workers:
-            raise ValueError("a scheduler needs at least one worker")
-        self.workers = list(workers)
-        self._pieces_per_worker = pieces_per_worker
+        self.options = options or SchedulerOptions()
+        self.observer = observer or Observer()
+        self.on_worker_lost: Callable[[str, str], None] | None = None
+        self._workers: dict[str, WorkerClient] = {}
+        self._draining: dict[str, WorkerClient] = {}
         self._busy: set[str] = set()
         self._active: dict[str, _Active] = {}
         self._background: set[asyncio.Task[Any]] = set()
+        for worker in workers:
+            self.add_worker(worker)
+
+    @property
+    def workers(self) -> list[WorkerClient]:
+        """The workers that may get work."""
+        return list(self._workers.values())
+
+    def add_worker(self, client: WorkerClient) -> None:
+        """Let a worker take work from now on. It must hold nothing: reset one that did."""
+        if client.name in self._workers or client.name in self._draining:
+            raise ValueError(f"a worker named {client.name} is there already")
+        self._workers[client.name] = client
+        self.observer.worker_joined(client.name)
+        self._pump()
+
+    def lose_worker(self, name: str, reason: str) -> None:
+        """Give a worker up: nothing that comes from it counts any more."""
+        gone = self._workers.pop(name, None) or self._draining.pop(name, None)
+        if gone is None:
+            return
+        _log.warning("%s is lost: %s", name, reason)
+        self.observer.worker_lost(name, reason)
+        if self.on_worker_lost is not None:
+            self.on_worker_lost(name, reason)
+        self._pump()
+
+    async def drain_worker(self, name: str, timeout_seconds: float) -> bool:
+        """Give a worker nothing new, and remove it when it holds nothing any more.
+
+        Returns whether that came about in time. Where not, it stays, without new work.
+        """
+        worker = self._workers.pop(name, None)
+        if worker is not None:
+            self._draining[name] = worker
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_seconds
+        before = list(self._active.values())
+        while any(self._active.get(active.run.job.request_id) is active for active in before):
+            if loop.time() >= deadline:
+                return False
+            await asyncio.sleep(0.05)
+        self._draining.pop(name, None)
+        return True
+
+    @property
+    def load(self) -> SchedulerLoad:
+        """What there is to do now."""
+        queued = [a.run.job for a in self._active.values() if a.run.started is None]
+        return SchedulerLoad(
+            running_jobs=len(self._active) - len(queued),
+            queued_jobs=len(queued),
+            queued_tokens=sum(job.plan.prompt_len for job in queued),
+            busy_workers=tuple(name for name in self._workers if name in self._busy),
+            idle_workers=tuple(name for name in self._workers if name not in self._busy),
+            draining_workers=tuple(self._draining),
+        )
 
     @property
     def running_jobs(self) -> int:
@@ -80,7 +148,7 @@ class Scheduler:
 
     def subtrees(self, plan: MergePlan) -> int:
         """The number of subtrees into which a plan is cut."""
-        return len(cut_plan(plan, len(self.workers), self._pieces_per_worker))
+        return len(cut_plan(plan, len(self._workers), self.options.pieces_per_worker))
 
     async def run(self, job: Job) -> AsyncIterator[JobEvent]:
         """Run `job`: progress events, the cache, tokens, then one `JobSummary`.
@@ -102,7 +170,7 @@ class Scheduler:
                 f"request id {job.request_id!r} is in use by a running request; choose another or "
                 "leave it out"
             )
-        active = _Active(JobRun(job, len(self.workers), self._pieces_per_worker))
+        active = _Active(JobRun(job, len(self._workers), self.options.pieces_per_worker))
         self._active[job.request_id] = active
         try:
             self._pump()
@@ -174,14 +242,17 @@ class Scheduler:
         for task in active.tasks:
             task.cancel()
         await asyncio.gather(*active.tasks, return_exceptions=True)
+        workers = [*self._workers.values(), *self._draining.values()]
         results = await asyncio.gather(
             *(
-                asyncio.wait_for(worker.release(job.request_id), RELEASE_TIMEOUT_SECONDS)
-                for worker in self.workers
+                asyncio.wait_for(
+                    worker.release(job.request_id), self.options.release_timeout_seconds
+                )
+                for worker in workers
             ),
             return_exceptions=True,
         )
-        for worker, result in zip(self.workers, results, strict=True):
+        for worker, result in zip(workers, results, strict=True):
             if isinstance(result, BaseException):
                 _log.warning("%s: not released on %s: %r", job.request_id, worker.name, result)
         del self._active[job.request_id]

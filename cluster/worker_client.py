@@ -142,7 +142,11 @@ class GrpcWorkerClient:
             await self._stub.Prune(request)
 
     async def generate(
-        self, job: Job, attempt: int, shard_addresses: Sequence[str]
+        self,
+        job: Job,
+        attempt: int,
+        shard_addresses: Sequence[str],
+        resume_token_ids: Sequence[int] = (),
     ) -> AsyncIterator[GenerateEvent]:
         request = worker_pb2.GenerateTokensRequest(
             request=request_spec(job),
@@ -174,6 +178,12 @@ class GrpcWorkerClient:
                             decode_seconds=event.summary.decode_seconds,
                             started_unix_seconds=event.summary.started_unix_seconds,
                         )
+
+    async def drop(self, request_id: str, node: NodeId, attempt: int) -> None:
+        raise WorkerCallError(f"worker {self.name} cannot drop nodes yet", "UNIMPLEMENTED")
+
+    async def reset(self, keep_request_ids: Sequence[str] = ()) -> None:
+        raise WorkerCallError(f"worker {self.name} cannot be reset yet", "UNIMPLEMENTED")
 
     async def release(self, request_id: str) -> None:
         with self._errors():

@@ -90,7 +90,12 @@ class FakeWorker:
                     else [row for child in part.children for row in done.pop(child)]
                 )
                 done[part.id] = self._run(held, part, rows)
-                yield NodeDone(part.id, part.context_in, part.context_out, 0.0)
+                yield NodeDone(
+                    node=part.id,
+                    context_in=part.context_in,
+                    context_out=part.context_out,
+                    seconds=0.0,
+                )
             assert node not in held.states
             held.states[node] = done[node]
         finally:
@@ -115,7 +120,15 @@ class FakeWorker:
                 rows += state
             kept = self._run(held, part, rows)
             held.states[node] = kept
-            return MergeDone(node, len(rows), len(kept), 0.0, 0.0, received, kept)
+            return MergeDone(
+                node=node,
+                context_in=len(rows),
+                context_out=len(kept),
+                seconds=0.0,
+                transfer_seconds=0.0,
+                received_bytes=received,
+                context_indices=kept,
+            )
         finally:
             self.in_call -= 1
 
@@ -129,7 +142,11 @@ class FakeWorker:
         held.rows = {entry for entry in held.rows if entry[1] not in dropped}
 
     async def generate(
-        self, job: Job, attempt: int, shard_addresses: Sequence[str]
+        self,
+        job: Job,
+        attempt: int,
+        shard_addresses: Sequence[str],
+        resume_token_ids: Sequence[int] = (),
     ) -> AsyncIterator[GenerateEvent]:
         held = self._begin(job, "generate", job.plan.root.id)
         kept = held.states[job.plan.root.id]
@@ -153,6 +170,12 @@ class FakeWorker:
         await self._work()
         self.released.add(request_id)
         self.held.pop(request_id, None)
+
+    async def drop(self, request_id: str, node: NodeId, attempt: int) -> None:
+        raise NotImplementedError("the scheduler drops nothing")
+
+    async def reset(self, keep_request_ids: Sequence[str] = ()) -> None:
+        self.held.clear()
 
     async def info(self) -> WorkerInfo:
         raise NotImplementedError("the scheduler asks for no information")

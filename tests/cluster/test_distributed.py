@@ -14,6 +14,7 @@ import torch
 
 from cluster.job import Job, JobSummary, Sampling, TokenOut
 from cluster.scheduler import Scheduler
+from cluster.scheduler_options import SchedulerOptions
 from cluster.text import PromptIds, PromptTokenizer
 from homer import HomerConfig, HomerModel, MergePlan
 from homer.demo import MODEL_DIR
@@ -61,7 +62,9 @@ async def run_job(
     addresses: list[str], job: Job, pieces_per_worker: int
 ) -> tuple[list[int], JobSummary]:
     async with connected(addresses) as clients:
-        scheduler = Scheduler(clients, pieces_per_worker=pieces_per_worker)
+        scheduler = Scheduler(
+            clients, options=SchedulerOptions(pieces_per_worker=pieces_per_worker)
+        )
         tokens: list[int] = []
         summary: JobSummary | None = None
         async with aclosing(cast(Any, scheduler.run(job))) as events:

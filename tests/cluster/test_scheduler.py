@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cluster.errors import WorkerCallError, WorkerLostError
 from cluster.job import Job, JobEvent, JobProgress, JobSummary, TokenOut
 from cluster.scheduler import Scheduler
+from cluster.scheduler_options import SchedulerOptions
 from homer.errors import PromptError
 from tests.cluster.fakes import FakeWorker, make_job, make_pool, survivors
 
@@ -68,7 +69,9 @@ def test_any_pool_gives_what_one_process_gives(
     async def work() -> None:
         pool = make_pool(workers, seed)
         job = make_job(context_len, fan_in=fan_in)
-        events = await collect(Scheduler(pool, pieces_per_worker=pieces), job)
+        events = await collect(
+            Scheduler(pool, options=SchedulerOptions(pieces_per_worker=pieces)), job
+        )
         summary = events[-1]
         assert isinstance(summary, JobSummary)
         assert list(summary.context_indices) == expected_survivors(job)
@@ -93,7 +96,7 @@ def test_workers_of_equal_speed_merge_across_once() -> None:
         for worker in pool:
             worker.rng = _Constant()
         job = make_job(11 * 128)
-        events = await collect(Scheduler(pool, pieces_per_worker=8), job)
+        events = await collect(Scheduler(pool, options=SchedulerOptions(pieces_per_worker=8)), job)
         summary = events[-1]
         assert isinstance(summary, JobSummary)
         # One child of the root moves, and nothing else.
