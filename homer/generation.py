@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -34,11 +34,13 @@ def generate_tokens(
     context: CompressedContext,
     params: SamplingParams,
     should_stop: Callable[[], bool] | None = None,
+    forced: Sequence[int] = (),
 ) -> Generator[int, None, FinishReason]:
     """Yield token ids as they are chosen; the generator's return value says why it ended.
 
     The first token comes from the context's own logits and costs no model run. An end-of-sequence
-    token ends the answer and is not yielded.
+    token ends the answer and is not yielded. The first tokens can be `forced`: the sampler draws
+    for them as it did when they were chosen, so that the answer goes on as it would have.
     """
     sampler = TokenSampler(params)
     eos = frozenset() if params.ignore_eos else eos_token_ids(stack.model)
@@ -47,7 +49,7 @@ def generate_tokens(
     for step in range(params.max_new_tokens):
         if should_stop is not None and should_stop():
             return FinishReason.CANCELLED
-        token = sampler.choose(logits)
+        token = sampler.choose(logits, forced[step] if step < len(forced) else None)
         if token in eos:
             return FinishReason.STOP
         yield token

@@ -72,8 +72,11 @@ class TokenSampler:
             else:
                 self._generator.manual_seed(params.seed)
 
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token id, from `logits` of shape (vocab,)."""
+    def choose(self, logits: torch.Tensor, forced: int | None = None) -> int:
+        """The next token id, from `logits` of shape (vocab,).
+
+        With `forced` it is that one; the draw is made nonetheless, so that later ones are the same.
+        """
         # On the CPU, so that a seed means the same on every device.
         scores = logits.detach().float().cpu()[None]
         so_far: Any = torch.tensor([self.generated], dtype=torch.int64)
@@ -83,5 +86,6 @@ class TokenSampler:
         else:
             probabilities = torch.softmax(scores[0], dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+        token = token if forced is None else forced
         self.generated.append(token)
         return token

@@ -67,6 +67,11 @@ class LayerStack:
         )
 
     @property
+    def kv_bytes_per_row(self) -> int:
+        """Bytes of one token's key and value in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
     def vocab_size(self) -> int:
         return int(self.model.get_input_embeddings().num_embeddings)
 

@@ -7,7 +7,7 @@ about what the work is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
 from workers.errors import StaleCallError
@@ -22,14 +22,20 @@ class Job(Generic[E]):
     ----------
     attempt : int
         The attempt that started it.
+    variant : hashable
+        What the events depend on beside the work's name: calls that differ in it cannot share them.
     work : callable
         Given a function to emit events with.
     """
 
     def __init__(
-        self, attempt: int, work: Callable[[Callable[[E], None]], Awaitable[None]]
+        self,
+        attempt: int,
+        variant: Hashable,
+        work: Callable[[Callable[[E], None]], Awaitable[None]],
     ) -> None:
         self.attempt = attempt
+        self.variant = variant
         self._events: list[E] = []
         self._changed = asyncio.Event()
         self._followers = 0

@@ -66,7 +66,7 @@ class Runner:
 
         Between steps other requests get their turn.
         """
-        held.forget_below(node_id)
+        held.forget_subtree(node_id)
         encoder = held.encoder
         nodes = held.plan.subtree(node_id)
         first = nodes[-1].context_start
@@ -74,28 +74,27 @@ class Runner:
         for node in nodes:
             if node.is_leaf:
                 span = context_ids[node.context_start - first : node.context_end - first]
-                state, began, seconds = await self.engine.step(_timed_leaf, encoder, node, span)
+                ran = await self.engine.step(_timed_leaf, encoder, node, span)
                 self.counters.leaves_done += 1
             else:
                 count = len(node.children)
                 children = [done.pop() for _ in range(count)][::-1]
-                state, began, seconds = await self.engine.step(
-                    _timed_merge, encoder, node, children
-                )
+                ran = await self.engine.step(_timed_merge, encoder, node, children)
                 self.counters.merges_done += 1
                 children.clear()
-            done.append(state)
+            done.append(ran.state)
             if node.id == node_id:
-                held.states[node_id] = state
+                held.keep(ran.state)
             emit(
                 worker_pb2.RunSubtreeResponse(
                     node=write_node(node.id),
                     context_tokens_in=node.context_in,
                     context_tokens_out=node.context_out,
-                    compute_seconds=seconds,
-                    started_unix_seconds=began,
+                    compute_seconds=ran.seconds,
+                    started_unix_seconds=ran.started_unix_seconds,
                 )
             )
+            del ran
 
     async def merge(
         self,
@@ -115,23 +114,21 @@ class Runner:
             )
         )
         transfer_seconds = time.perf_counter() - started
-        state, began, seconds = await self.engine.step(_timed_merge, held.encoder, node, children)
+        ran = await self.engine.step(_timed_merge, held.encoder, node, children)
         self.counters.merges_done += 1
-        await self._prune_loose(held, node_id, state.context_indices)
-        # Nothing waits from here on: either the children are held, or the merged state is.
-        for child in node.children:
-            held.states.pop(child, None)
-        held.states[node_id] = state
+        kept = ran.state.context_indices
+        await self.prune(held, node_id, kept)
+        held.keep(ran.state)
         emit(
             worker_pb2.MergeResponse(
                 node=write_node(node_id),
                 context_tokens_in=node.context_in,
                 context_tokens_out=node.context_out,
-                compute_seconds=seconds,
+                compute_seconds=ran.seconds,
                 transfer_seconds=transfer_seconds,
                 received_bytes=received[0],
-                context_indices=state.context_indices.tolist(),
-                started_unix_seconds=began,
+                context_indices=kept.tolist(),
+                started_unix_seconds=ran.started_unix_seconds,
                 transfer_started_unix_seconds=transfer_began,
             )
         )
@@ -140,8 +137,7 @@ class Runner:
         self, held: HeldRequest, child: NodeId, address: str, received: list[int]
     ) -> NodeState:
         if child in held.states or not address:
-            state = held.state(child)
-            return replace(state, shards=copy_shards(state.shards))
+            return held.state(child)
         plan, stack = held.plan, self.model.stack
         specs = state_specs(plan, plan.by_id[child], stack)
         limits = Limits(total_bytes=sum(spec.nbytes for spec in specs), tensors=len(specs))
@@ -162,16 +158,6 @@ class Runner:
     async def prune(self, held: HeldRequest, node_id: NodeId, kept: torch.Tensor) -> int:
         """Drop the rows below a merged node that did not survive it; returns the bytes freed.
 
-        States below it have been used by its merge and go too.
-        """
-        freed = held.state_bytes
-        held.loosen_below(node_id)
-        freed -= held.state_bytes
-        return freed + await self._prune_loose(held, node_id, kept)
-
-    async def _prune_loose(self, held: HeldRequest, node_id: NodeId, kept: torch.Tensor) -> int:
-        """Prune the shards below a node whose states have gone up to other workers.
-
         Each shard is replaced when its smaller copy is ready: readers always find whole ones.
         """
         freed = 0
@@ -189,16 +175,20 @@ class Runner:
         held: HeldRequest,
         addresses: Sequence[str],
         params: SamplingParams,
+        resume: Sequence[int],
         emit: Callable[[worker_pb2.GenerateTokensResponse], None],
     ) -> None:
-        """Gather the final cache, once per request, and decode from it."""
+        """Gather the final cache, once per request, and decode from it.
+
+        The tokens of `resume` were delivered already: they are decoded again, but not emitted.
+        """
         ready = await self._cache_ready(held, addresses)
         context = held.context
         if context is None:
             raise StateError("the final cache is gone")
         emit(worker_pb2.GenerateTokensResponse(cache_ready=ready))
         began, started = time.time(), time.perf_counter()
-        tokens = generate_tokens(self.model.stack, context, params)
+        tokens = generate_tokens(self.model.stack, context, params, forced=resume)
         count = 0
         try:
             while True:
@@ -206,6 +196,8 @@ class Runner:
                 if isinstance(token, FinishReason):
                     break
                 count += 1
+                if count <= len(resume):
+                    continue
                 self.counters.generated_tokens += 1
                 piece = worker_pb2.TokenPiece(token_id=token)
                 emit(worker_pb2.GenerateTokensResponse(token=piece))
@@ -226,13 +218,10 @@ class Runner:
         if held.context is not None:
             return _describe_cache(held)
         root = held.state(held.plan.root.id)
-        shards = [*root.shards, *held.loose_shards()]
-        if addresses:
-            # Rows from elsewhere may fail to come, and then the next attempt needs these again.
-            shards = copy_shards(shards)
-        else:
-            # The run takes the shards apart as it goes, so nobody else may find them.
-            held.states.pop(root.node)
+        # The run takes the shards apart as it goes. Rows from elsewhere may fail to come, and then
+        # the next attempt needs these again; else nobody may find them any more.
+        shards = held.snapshot() if addresses else held.all_shards()
+        if not addresses:
             held.shards.clear()
         work = replace(root, shards=shards)
         kept = root.context_indices.tolist()
@@ -248,7 +237,6 @@ class Runner:
             held.context = await self.engine.step(held.encoder.finish, work, remote)
         ended = time.perf_counter()
         # The cache has all their rows now.
-        held.states.pop(root.node, None)
         held.shards.clear()
         gathered = max(gather.ended, started) if addresses else started
         ready = _describe_cache(held)
@@ -283,22 +271,28 @@ def _describe_cache(held: HeldRequest) -> worker_pb2.CacheReady:
     )
 
 
-def _timed_leaf(
-    encoder: TreeEncoder, node: PlanNode, context_ids: torch.Tensor
-) -> tuple[NodeState, float, float]:
-    began, started = time.time(), time.perf_counter()
-    state = encoder.run_subtree(node.id, context_ids)
-    _wait_for_device(state)
-    return state, began, time.perf_counter() - started
+@dataclass(frozen=True)
+class _Ran:
+    """A node that was run: what it left, when the model began with it, and how long it took."""
+
+    state: NodeState
+    started_unix_seconds: float
+    seconds: float
 
 
-def _timed_merge(
-    encoder: TreeEncoder, node: PlanNode, children: Sequence[NodeState]
-) -> tuple[NodeState, float, float]:
-    began, started = time.time(), time.perf_counter()
-    state = encoder.merge(node.id, children)
+def _timed_leaf(encoder: TreeEncoder, node: PlanNode, context_ids: torch.Tensor) -> _Ran:
+    return _timed(lambda: encoder.run_subtree(node.id, context_ids))
+
+
+def _timed_merge(encoder: TreeEncoder, node: PlanNode, children: Sequence[NodeState]) -> _Ran:
+    return _timed(lambda: encoder.merge(node.id, children))
+
+
+def _timed(run: Callable[[], NodeState]) -> _Ran:
+    started_unix_seconds, started = time.time(), time.perf_counter()
+    state = run()
     _wait_for_device(state)
-    return state, began, time.perf_counter() - started
+    return _Ran(state, started_unix_seconds, time.perf_counter() - started)
 
 
 def _wait_for_device(state: NodeState) -> None:

@@ -9,7 +9,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -20,11 +21,11 @@ import transformers
 
 import homer
 from homer.encode import TreeEncoder
-from homer.errors import HomerError, PromptError
+from homer.errors import HomerError, PromptError, StateError
 from homer.plan import NodeId, PlanNode
 from homer.v1 import worker_pb2
 from workers.engine import Engine, LoadedModel
-from workers.errors import NotReadyError, StaleCallError, status_code
+from workers.errors import NotReadyError, StaleCallError, UnknownStateError, status_code
 from workers.jobs import Job
 from workers.memory import accelerator_bytes, resident_bytes
 from workers.peer import PeerPool, send_frames
@@ -58,6 +59,7 @@ class WorkerServicer:
         self._runner: Runner | None = None
         self._draining = False
         self._running_calls = 0
+        self._worker_id = uuid.uuid4().hex
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -122,9 +124,16 @@ class WorkerServicer:
                 )
             params = read_sampling(request.sampling)
             addresses = list(request.shard_addresses)
-            work = partial(self._worker.generate, held, addresses, params)
+            resume = tuple(request.resume_token_ids)
+            self._stack.check_ids("resume_token_ids", torch.tensor(resume, dtype=torch.int64))
+            if len(resume) > params.max_new_tokens:
+                raise PromptError(
+                    f"the answer may have {params.max_new_tokens} tokens, but {len(resume)} were "
+                    "delivered already"
+                )
+            work = partial(self._worker.generate, held, addresses, params, resume)
             async with aclosing(
-                self._follow(held, "answer", node.id, request.attempt, work)
+                self._follow(held, "answer", node.id, request.attempt, work, resume)
             ) as job:
                 async for event in job:
                     yield event
@@ -170,10 +179,36 @@ class WorkerServicer:
             return worker_pb2.PruneResponse(freed_bytes=freed)
         raise AssertionError("unreachable: a call that fails is aborted")
 
+    async def Drop(  # noqa: N802
+        self, request: worker_pb2.DropRequest, context: Context
+    ) -> worker_pb2.DropResponse:
+        async with self._call(context):
+            try:
+                held = self._store.get(request.request_id)
+            except UnknownStateError:
+                return worker_pb2.DropResponse()
+            node = self._node(held, request.node).id
+            job = held.jobs.get(("node", node))
+            if job is not None and job.attempt > request.attempt:
+                return worker_pb2.DropResponse()
+            held.dropped[node] = max(request.attempt, held.dropped.get(node, 0))
+            if job is not None:
+                job.stop(f"node {tuple(node)} is not wanted here any more")
+            return worker_pb2.DropResponse(freed_bytes=held.forget(node))
+        raise AssertionError("unreachable: a call that fails is aborted")
+
     async def Release(  # noqa: N802
         self, request: worker_pb2.ReleaseRequest, context: Context
     ) -> worker_pb2.ReleaseResponse:
         return worker_pb2.ReleaseResponse(freed_bytes=self._drop(request.request_id))
+
+    async def Reset(  # noqa: N802
+        self, request: worker_pb2.ResetRequest, context: Context
+    ) -> worker_pb2.ResetResponse:
+        known = [held.spec.request_id for held in self._store.requests]
+        dropped = [one for one in known if one not in request.keep_request_ids]
+        freed = sum(self._drop(one) for one in dropped)
+        return worker_pb2.ResetResponse(released_requests=len(dropped), freed_bytes=freed)
 
     async def GetWorkerInfo(  # noqa: N802
         self, request: worker_pb2.GetWorkerInfoRequest, context: Context
@@ -198,6 +233,8 @@ class WorkerServicer:
                 torch_version=torch.__version__,
                 transformers_version=transformers.__version__,
                 process_id=os.getpid(),
+                worker_id=self._worker_id,
+                kv_bytes_per_token=stack.num_layers * stack.kv_bytes_per_row,
             )
         raise AssertionError("unreachable: a call that fails is aborted")
 
@@ -273,25 +310,33 @@ class WorkerServicer:
         node: NodeId,
         attempt: int,
         work: Callable[[Emit], Awaitable[None]],
+        variant: Hashable = None,
     ) -> AsyncGenerator[Any, None]:
         """The events of the job for this call: one that is there already, or a new one.
 
         A newer attempt takes over what is done, and starts what is running anew: it may know of
         other peers.
         """
+        if kind == "node" and attempt <= held.dropped.get(node, -1):
+            raise StaleCallError(f"attempt {attempt} for node {tuple(node)} was dropped here")
         job = held.jobs.get((kind, node))
         if job is not None and attempt < job.attempt:
             raise StaleCallError(
                 f"attempt {attempt} for node {tuple(node)} is older than attempt {job.attempt}"
             )
+        if job is not None and attempt == job.attempt and variant != job.variant:
+            raise StateError(
+                f"attempt {attempt} for node {tuple(node)} is known here with other arguments; "
+                "give a newer attempt"
+            )
         held_still = kind != "node" or node in held.states
         if job is not None and attempt > job.attempt:
-            if job.done and held_still:
+            if job.done and held_still and variant == job.variant:
                 job.attempt = attempt
             else:
                 job.stop(f"attempt {attempt} for node {tuple(node)} has begun")
         if job is None or not (job.running or job.done):
-            job = held.jobs[kind, node] = Job(attempt, work)
+            job = held.jobs[kind, node] = Job(attempt, variant, work)
         async with aclosing(job.follow()) as events:
             async for event in events:
                 yield event
@@ -323,7 +368,7 @@ class WorkerServicer:
             return 0
         for job in held.jobs.values():
             job.stop(f"request {request_id!r} was released")
-        freed = held.state_bytes + held.kv_shard_bytes
+        freed = held.nbytes
         held.clear()
         return freed
 

@@ -28,8 +28,11 @@ RELEASED_REQUESTS = 100_000
 class HeldRequest:
     """Everything that is held for one request.
 
-    `states` are those of finished nodes that no merge has used yet, with the shards below them.
-    `shards` are what is left of nodes whose state another worker's merge has used.
+    `states` are those of the nodes that were asked for, without shards: they stay until the request
+    is released, so that a merge above them can be run again. They are small beside the KV rows.
+    `shards` are the KV rows, by the node that they were made for: of a subtree all that was made
+    in it, of a merge only those of its own layers. So each can be made again, or forgotten, alone.
+    `dropped` says up to which attempt the work of a node is not wanted any more.
     """
 
     spec: worker_pb2.RequestSpec
@@ -38,13 +41,14 @@ class HeldRequest:
     shards: dict[NodeId, list[KVShard]] = field(default_factory=dict)
     context: CompressedContext | None = None
     jobs: dict[tuple[str, NodeId], Job[Any]] = field(default_factory=dict)
+    dropped: dict[NodeId, int] = field(default_factory=dict)
 
     @property
     def plan(self) -> MergePlan:
         return self.encoder.plan
 
     def state(self, node: NodeId) -> NodeState:
-        """The state of a finished node.
+        """The state of a finished node; it has no shards.
 
         Raises
         ------
@@ -54,33 +58,32 @@ class HeldRequest:
         if node not in self.states:
             raise UnknownStateError(
                 f"request {self.spec.request_id!r}: the state of node {tuple(node)} is not here; "
-                "it was never run here, or a merge has used it"
+                "run it here first"
             )
         return self.states[node]
 
+    def keep(self, state: NodeState) -> None:
+        """Hold what a node left."""
+        self.states[state.node] = state.without_shards()
+        self.shards[state.node] = state.shards
+
+    def forget(self, node: NodeId) -> int:
+        """Drop what a node left; returns the bytes freed."""
+        state, shards = self.states.pop(node, None), self.shards.pop(node, [])
+        freed = sum(shard.nbytes for shard in shards)
+        return freed if state is None else freed + state.nbytes
+
+    def forget_subtree(self, node: NodeId) -> None:
+        """Drop what is held of a node and of all below it."""
+        for below in self.plan.subtree(node):
+            self.forget(below.id)
+
     def all_shards(self) -> list[KVShard]:
         """Every KV shard that is held."""
-        return [s for state in self.states.values() for s in state.shards] + self.loose_shards()
-
-    def loose_shards(self) -> list[KVShard]:
-        """Shards whose node's state has gone up to another worker."""
         return [shard for shards in self.shards.values() for shard in shards]
 
-    def forget_below(self, node: NodeId) -> None:
-        """Drop what is held of the subtree under `node`, itself included."""
-        for below in self.plan.subtree(node):
-            self.states.pop(below.id, None)
-            self.shards.pop(below.id, None)
-
-    def loosen_below(self, node: NodeId) -> None:
-        """Drop the states below `node`, which its merge has used, but keep their shards."""
-        for below in self.plan.subtree(node)[:-1]:
-            state = self.states.pop(below.id, None)
-            if state is not None:
-                self.shards[below.id] = state.shards
-
     def shards_below(self, node: NodeId) -> list[tuple[list[KVShard], KVShard]]:
-        """The loose shards below `node`, each with the list that it is in."""
+        """The shards below `node`, each with the list that it is in."""
         return [
             (self.shards[below.id], shard)
             for below in self.plan.subtree(node)[:-1]
@@ -97,6 +100,10 @@ class HeldRequest:
         self.shards.clear()
         self.jobs.clear()
         self.context = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.state_bytes + self.kv_shard_bytes
 
     @property
     def state_bytes(self) -> int:

@@ -146,18 +146,20 @@ class GatherKvRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., context_indices: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateTokensRequest(_message.Message):
-    __slots__ = ("request", "node", "attempt", "shard_addresses", "sampling")
+    __slots__ = ("request", "node", "attempt", "shard_addresses", "sampling", "resume_token_ids")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     SHARD_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    RESUME_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     request: RequestSpec
     node: NodeId
     attempt: int
     shard_addresses: _containers.RepeatedScalarFieldContainer[str]
     sampling: _sampling_pb2.SamplingParams
-    def __init__(self, request: _Optional[_Union[RequestSpec, _Mapping]] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., shard_addresses: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
+    resume_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request: _Optional[_Union[RequestSpec, _Mapping]] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., shard_addresses: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateTokensResponse(_message.Message):
     __slots__ = ("cache_ready", "token", "summary")
@@ -225,6 +227,22 @@ class PruneResponse(_message.Message):
     freed_bytes: int
     def __init__(self, freed_bytes: _Optional[int] = ...) -> None: ...
 
+class DropRequest(_message.Message):
+    __slots__ = ("request_id", "node", "attempt")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    node: NodeId
+    attempt: int
+    def __init__(self, request_id: _Optional[str] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class DropResponse(_message.Message):
+    __slots__ = ("freed_bytes",)
+    FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    freed_bytes: int
+    def __init__(self, freed_bytes: _Optional[int] = ...) -> None: ...
+
 class ReleaseRequest(_message.Message):
     __slots__ = ("request_id",)
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -237,12 +255,26 @@ class ReleaseResponse(_message.Message):
     freed_bytes: int
     def __init__(self, freed_bytes: _Optional[int] = ...) -> None: ...
 
+class ResetRequest(_message.Message):
+    __slots__ = ("keep_request_ids",)
+    KEEP_REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    keep_request_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, keep_request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ResetResponse(_message.Message):
+    __slots__ = ("released_requests", "freed_bytes")
+    RELEASED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    released_requests: int
+    freed_bytes: int
+    def __init__(self, released_requests: _Optional[int] = ..., freed_bytes: _Optional[int] = ...) -> None: ...
+
 class GetWorkerInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetWorkerInfoResponse(_message.Message):
-    __slots__ = ("model", "model_type", "num_layers", "hidden_size", "num_kv_heads", "head_dim", "vocab_size", "max_position_embeddings", "dtype", "device", "calibrated", "max_distance", "homer_version", "torch_version", "transformers_version", "process_id")
+    __slots__ = ("model", "model_type", "num_layers", "hidden_size", "num_kv_heads", "head_dim", "vocab_size", "max_position_embeddings", "dtype", "device", "calibrated", "max_distance", "homer_version", "torch_version", "transformers_version", "process_id", "worker_id", "kv_bytes_per_token", "memory_budget_bytes")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +291,9 @@ class GetWorkerInfoResponse(_message.Message):
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSFORMERS_VERSION_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_type: str
     num_layers: int
@@ -275,14 +310,17 @@ class GetWorkerInfoResponse(_message.Message):
     torch_version: str
     transformers_version: str
     process_id: int
-    def __init__(self, model: _Optional[str] = ..., model_type: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., calibrated: _Optional[bool] = ..., max_distance: _Optional[int] = ..., homer_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., process_id: _Optional[int] = ...) -> None: ...
+    worker_id: str
+    kv_bytes_per_token: int
+    memory_budget_bytes: int
+    def __init__(self, model: _Optional[str] = ..., model_type: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., calibrated: _Optional[bool] = ..., max_distance: _Optional[int] = ..., homer_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., process_id: _Optional[int] = ..., worker_id: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ...) -> None: ...
 
 class GetWorkerStatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetWorkerStatsResponse(_message.Message):
-    __slots__ = ("requests", "node_states", "kv_shards", "state_bytes", "kv_shard_bytes", "running_calls", "sent_bytes", "received_bytes", "leaves_done", "merges_done", "generated_tokens", "resident_bytes", "accelerator_bytes", "unix_seconds")
+    __slots__ = ("requests", "node_states", "kv_shards", "state_bytes", "kv_shard_bytes", "running_calls", "sent_bytes", "received_bytes", "leaves_done", "merges_done", "generated_tokens", "resident_bytes", "accelerator_bytes", "unix_seconds", "memory_budget_bytes", "reserved_bytes")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NODE_STATES_FIELD_NUMBER: _ClassVar[int]
     KV_SHARDS_FIELD_NUMBER: _ClassVar[int]
@@ -297,6 +335,8 @@ class GetWorkerStatsResponse(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     ACCELERATOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     requests: int
     node_states: int
     kv_shards: int
@@ -311,4 +351,6 @@ class GetWorkerStatsResponse(_message.Message):
     resident_bytes: int
     accelerator_bytes: int
     unix_seconds: float
-    def __init__(self, requests: _Optional[int] = ..., node_states: _Optional[int] = ..., kv_shards: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ..., running_calls: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., leaves_done: _Optional[int] = ..., merges_done: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., unix_seconds: _Optional[float] = ...) -> None: ...
+    memory_budget_bytes: int
+    reserved_bytes: int
+    def __init__(self, requests: _Optional[int] = ..., node_states: _Optional[int] = ..., kv_shards: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ..., running_calls: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., leaves_done: _Optional[int] = ..., merges_done: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., unix_seconds: _Optional[float] = ..., memory_budget_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...

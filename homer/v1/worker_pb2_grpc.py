@@ -73,10 +73,20 @@ class WorkerStub:
                 request_serializer=homer_dot_v1_dot_worker__pb2.PruneRequest.SerializeToString,
                 response_deserializer=homer_dot_v1_dot_worker__pb2.PruneResponse.FromString,
                 _registered_method=True)
+        self.Drop = channel.unary_unary(
+                '/homer.v1.Worker/Drop',
+                request_serializer=homer_dot_v1_dot_worker__pb2.DropRequest.SerializeToString,
+                response_deserializer=homer_dot_v1_dot_worker__pb2.DropResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/homer.v1.Worker/Release',
                 request_serializer=homer_dot_v1_dot_worker__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=homer_dot_v1_dot_worker__pb2.ReleaseResponse.FromString,
+                _registered_method=True)
+        self.Reset = channel.unary_unary(
+                '/homer.v1.Worker/Reset',
+                request_serializer=homer_dot_v1_dot_worker__pb2.ResetRequest.SerializeToString,
+                response_deserializer=homer_dot_v1_dot_worker__pb2.ResetResponse.FromString,
                 _registered_method=True)
         self.GetWorkerInfo = channel.unary_unary(
                 '/homer.v1.Worker/GetWorkerInfo',
@@ -104,6 +114,9 @@ class WorkerServicer:
     def RunSubtree(self, request, context):
         """Runs a whole subtree depth-first and keeps its root's state. Streams one event for each finished
         node; the last event is the subtree's own root.
+
+        The state of every node that was asked for (of a subtree its root's, of a merge its own) is kept
+        until the request is released, so that a merge above it can be run again when its worker is lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,15 +145,24 @@ class WorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateTokens(self, request, context):
-        """Gathers the final cache and generates from it. The first token is sent at once.
+        """Gathers the final cache and generates from it. The first token is sent at once. A newer attempt
+        may go on with an answer whose beginning was delivered already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Prune(self, request, context):
-        """Drops what a finished merge does not need any more: the states below it, which it has used, and the
-        rows of KV shards below it that did not survive it.
+        """Drops the rows of KV shards below a finished merge that did not survive it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drop(self, request, context):
+        """Forgets what was made for a node (of a subtree all that was made in it, of a merge its own state
+        and layers) and stops what runs of it: for a node that was run twice and won elsewhere. Work of
+        this attempt or an older one is refused from then on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,6 +172,13 @@ class WorkerServicer:
         """Drops everything that is held for a request and stops what is running for it. Calls that come late
         are refused with ABORTED for ten minutes, so that they cannot bring it back: to run a request
         again, give it a new id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reset(self, request, context):
+        """Releases every request but those named: for a coordinator that starts anew.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -202,10 +231,20 @@ def add_WorkerServicer_to_server(servicer, server):
                     request_deserializer=homer_dot_v1_dot_worker__pb2.PruneRequest.FromString,
                     response_serializer=homer_dot_v1_dot_worker__pb2.PruneResponse.SerializeToString,
             ),
+            'Drop': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drop,
+                    request_deserializer=homer_dot_v1_dot_worker__pb2.DropRequest.FromString,
+                    response_serializer=homer_dot_v1_dot_worker__pb2.DropResponse.SerializeToString,
+            ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
                     request_deserializer=homer_dot_v1_dot_worker__pb2.ReleaseRequest.FromString,
                     response_serializer=homer_dot_v1_dot_worker__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'Reset': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reset,
+                    request_deserializer=homer_dot_v1_dot_worker__pb2.ResetRequest.FromString,
+                    response_serializer=homer_dot_v1_dot_worker__pb2.ResetResponse.SerializeToString,
             ),
             'GetWorkerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetWorkerInfo,
@@ -399,6 +438,33 @@ class Worker:
             _registered_method=True)
 
     @staticmethod
+    def Drop(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/homer.v1.Worker/Drop',
+            homer_dot_v1_dot_worker__pb2.DropRequest.SerializeToString,
+            homer_dot_v1_dot_worker__pb2.DropResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Release(request,
             target,
             options=(),
@@ -415,6 +481,33 @@ class Worker:
             '/homer.v1.Worker/Release',
             homer_dot_v1_dot_worker__pb2.ReleaseRequest.SerializeToString,
             homer_dot_v1_dot_worker__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/homer.v1.Worker/Reset',
+            homer_dot_v1_dot_worker__pb2.ResetRequest.SerializeToString,
+            homer_dot_v1_dot_worker__pb2.ResetResponse.FromString,
             options,
             channel_credentials,
             insecure,

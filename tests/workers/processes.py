@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
@@ -161,15 +162,28 @@ class Prompt:
             context_end=node.context_end,
         )
 
+    def drop(self, node_id: NodeId, attempt: int = 0) -> worker_pb2.DropRequest:
+        return worker_pb2.DropRequest(
+            request_id=self.request_id, node=write_node(node_id), attempt=attempt
+        )
+
     def generate(
-        self, addresses: Sequence[str], max_tokens: int, attempt: int = 0
+        self,
+        addresses: Sequence[str],
+        max_tokens: int,
+        attempt: int = 0,
+        resume: Sequence[int] = (),
+        **sampling: Any,
     ) -> worker_pb2.GenerateTokensRequest:
         return worker_pb2.GenerateTokensRequest(
             request=self.spec,
             node=write_node(self.plan.root.id),
             attempt=attempt,
             shard_addresses=addresses,
-            sampling=sampling_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            sampling=sampling_pb2.SamplingParams(
+                max_tokens=max_tokens, ignore_eos=True, **sampling
+            ),
+            resume_token_ids=resume,
         )
 
 
