@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import grpc
 
-from cluster.errors import WorkerCallError, WorkerLostError
+from cluster.errors import PeerCallError, WorkerCallError, WorkerLostError
 from cluster.job import (
     CacheReady,
     GenerateDone,
@@ -26,6 +26,7 @@ from cluster.job import (
 from homer.errors import PromptError
 from homer.plan import NodeId
 from homer.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
+from workers.errors import ERROR_KEY, PEER_KEY
 from workers.plan_wire import write_node, write_plan
 from workers.transport import CHANNEL_OPTIONS
 
@@ -198,7 +199,12 @@ class GrpcWorkerClient:
             yield
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
-            if code in _LOST:
+            told = dict(error.trailing_metadata() or ())
+            if PEER_KEY in told:
+                raise PeerCallError(
+                    f"worker {self.name}: {details}", code.name, str(told[PEER_KEY])
+                ) from error
+            if code in _LOST and ERROR_KEY not in told:
                 raise WorkerLostError(
                     f"worker {self.name} at {self.address} does not answer: {details}"
                 ) from error

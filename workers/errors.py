@@ -46,11 +46,14 @@ class PeerError(HomerError):
     ----------
     code : grpc.StatusCode
         The status that the peer answered, passed on to the caller.
+    address : str
+        The peer's.
     """
 
-    def __init__(self, message: str, code: grpc.StatusCode) -> None:
+    def __init__(self, message: str, code: grpc.StatusCode, address: str = "") -> None:
         super().__init__(message)
         self.code = code
+        self.address = address
 
 
 _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
@@ -67,6 +70,19 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (ModelError, grpc.StatusCode.FAILED_PRECONDITION),
     (StateError, grpc.StatusCode.FAILED_PRECONDITION),
 )
+
+
+ERROR_KEY = "homer-error"
+PEER_KEY = "homer-peer"
+
+
+def error_metadata(error: BaseException) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata of a failed call: which error it was, and which peer's fault.
+
+    A status alone does not tell a worker that cannot reach its peer from one that is gone itself.
+    """
+    kind = (ERROR_KEY, type(error).__name__)
+    return (kind, (PEER_KEY, error.address)) if isinstance(error, PeerError) else (kind,)
 
 
 def status_code(error: BaseException) -> grpc.StatusCode:

@@ -64,7 +64,7 @@ class PeerPool:
             if code is grpc.StatusCode.CANCELLED:
                 code = grpc.StatusCode.UNAVAILABLE
             raise PeerError(
-                f"worker {address} did not answer {method}: {error.details()}", code
+                f"worker {address} did not answer {method}: {error.details()}", code, address
             ) from error
         finally:
             call.cancel()

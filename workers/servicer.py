@@ -25,7 +25,13 @@ from homer.errors import HomerError, PromptError, StateError
 from homer.plan import NodeId, PlanNode
 from homer.v1 import worker_pb2
 from workers.engine import Engine, LoadedModel
-from workers.errors import NotReadyError, StaleCallError, UnknownStateError, status_code
+from workers.errors import (
+    NotReadyError,
+    StaleCallError,
+    UnknownStateError,
+    error_metadata,
+    status_code,
+)
 from workers.jobs import Job
 from workers.memory import accelerator_bytes, resident_bytes
 from workers.peer import PeerPool, send_frames
@@ -356,7 +362,8 @@ class WorkerServicer:
             code = status_code(error)
             if not isinstance(error, HomerError):
                 _log.exception("a call failed")
-            await context.abort(code, str(error) or type(error).__name__)
+            details = str(error) or type(error).__name__
+            await context.abort(code, details, trailing_metadata=error_metadata(error))
         finally:
             self._running_calls -= 1
             if not self._running_calls:

@@ -185,6 +185,8 @@ def test_a_dead_peer_is_noticed_soon(workers: list[WorkerProcess]) -> None:
     assert isinstance(failed.value, grpc.Call)
     assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
     assert peer.address in (failed.value.details() or "")
+    # So that nobody takes the merger for dead.
+    assert dict(failed.value.trailing_metadata())["homer-peer"] == peer.address
     assert time.monotonic() - started < 20
     release(prompt, [merger])
 
