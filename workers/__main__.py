@@ -1,6 +1,7 @@
 """`python -m workers --model PATH`: one worker process, without Ray.
 
-Prints one line when it is ready: `homer-worker ready host=… port=… pid=…`. Everything else goes to
+Prints one line when it is ready: `homer-worker ready host=… port=… pid=…`, and
+`metrics_port=…` where there are metrics. Everything else goes to
 stderr. SIGTERM or SIGINT makes it finish what runs and end; a second one ends it at once.
 """
 
@@ -17,6 +18,7 @@ import sys
 import transformers
 
 from homer.errors import HomerError
+from workers.logs import set_up_logging
 from workers.options import WorkerOptions
 from workers.server import WorkerServer
 
@@ -29,6 +31,10 @@ _HELP = {
     "threads": "threads of a model run on the CPU; 0 leaves it to torch",
     "bias": "calibration bias file; by default the one beside the model",
     "grace_seconds": "how long running calls may take to end on SIGTERM",
+    "name": "what it is called in logs and spans",
+    "log_format": "text, or json: one object per line",
+    "metrics_port": "port of its Prometheus metrics; 0 takes a free one; by default there is none",
+    "otlp_endpoint": "OpenTelemetry collector for spans, like http://127.0.0.1:4317",
 }
 
 
@@ -41,7 +47,7 @@ def parse_options(arguments: list[str] | None = None) -> WorkerOptions:
             parser.add_argument(name, required=True, help=_HELP[field.name])
         else:
             default = field.default
-            kind = str if default is None else type(default)
+            kind = int if str(field.type).startswith("int") else type(default or "")
             shown = "" if default is None else f" (default: {default})"
             parser.add_argument(name, type=kind, default=default, help=_HELP[field.name] + shown)
     return WorkerOptions(**vars(parser.parse_args(arguments)))
@@ -62,8 +68,10 @@ async def serve(options: WorkerOptions) -> None:
         # A load cannot be interrupted, and nothing is lost by ending in the middle of it.
         os._exit(0)
     starting.result()
+    metrics = "" if server.metrics_port is None else f" metrics_port={server.metrics_port}"
     print(
-        f"homer-worker ready host={options.host} port={server.port} pid={os.getpid()}", flush=True
+        f"homer-worker ready host={options.host} port={server.port} pid={os.getpid()}{metrics}",
+        flush=True,
     )
     await stopping
     for number in signals:
@@ -74,15 +82,12 @@ async def serve(options: WorkerOptions) -> None:
 
 
 def main() -> int:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
     # Nobody watches a worker load; its log should hold whole lines.
     transformers.utils.logging.disable_progress_bar()
     try:
-        asyncio.run(serve(parse_options()))
+        options = parse_options()
+        set_up_logging(options.log_format, worker=options.name)
+        asyncio.run(serve(options))
     except HomerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ Knows nothing about requests, gRPC or peers.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Engine:
 
     async def step(self, function: Callable[..., T], *args: Any) -> T:
         """Run `function` in the compute thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._compute, function, *args)
+        return await _run_in(self._compute, function, *args)
 
     def later(self, function: Callable[..., T], *args: Any) -> Future[T]:
         """Have `function` run in the compute thread after what is waiting already."""
@@ -78,9 +79,15 @@ class Engine:
 
     async def move(self, function: Callable[..., T], *args: Any) -> T:
         """Run `function`, which runs no model, in the second thread."""
-        return await asyncio.get_running_loop().run_in_executor(self.io, function, *args)
+        return await _run_in(self.io, function, *args)
 
     def close(self) -> None:
         """Let both threads end after the step that they are at."""
         self._compute.shutdown(wait=False, cancel_futures=True)
         self.io.shutdown(wait=False, cancel_futures=True)
+
+
+async def _run_in(executor: ThreadPoolExecutor, function: Callable[..., T], *args: Any) -> T:
+    """What a step logs is about what its caller is about."""
+    run = contextvars.copy_context().run
+    return await asyncio.get_running_loop().run_in_executor(executor, run, function, *args)

@@ -29,6 +29,15 @@ class WorkerOptions:
         Calibration bias file. By default the one beside the model, if there is one.
     grace_seconds : float
         How long running calls may take to end when the worker is asked to stop.
+    name : str
+        What it is called in logs and spans; by default nothing, and then its process tells.
+    log_format : str
+        "text", or "json" for one object per line.
+    metrics_port : int, optional
+        Where Prometheus finds its metrics; 0 is any free port, None is nowhere.
+    otlp_endpoint : str
+        The OpenTelemetry collector that gets its spans; by default the one that
+        OTEL_EXPORTER_OTLP_ENDPOINT names, or none.
     """
 
     model: str
@@ -39,6 +48,10 @@ class WorkerOptions:
     threads: int = 0
     bias: str | None = None
     grace_seconds: float = 30.0
+    name: str = ""
+    log_format: str = "text"
+    metrics_port: int | None = None
+    otlp_endpoint: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

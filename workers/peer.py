@@ -6,6 +6,7 @@ Knows nothing about models or trees.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
@@ -24,11 +25,19 @@ class PeerPool:
     ----------
     on_received : callable
         Told the size in bytes of each message of every tensor stream.
+    on_transfer : callable, optional
+        Told of every tensor stream that is over, well or not: the peer's address, the transport,
+        the bytes received and the seconds since it was asked for.
     """
 
-    def __init__(self, on_received: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        on_received: Callable[[int], None],
+        on_transfer: Callable[[str, str, int, float], None] | None = None,
+    ) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._on_received = on_received
+        self._on_transfer = on_transfer
 
     async def pull(
         self,
@@ -51,9 +60,11 @@ class PeerPool:
             When the stream is damaged or not what `check` and `limits` accept.
         """
         reader = StreamReader(limits, check)
+        started, received = time.perf_counter(), 0
         call = tensor_call(self._channel(address), method, request)
         try:
             async for message in call:
+                received += len(message)
                 self._on_received(len(message))
                 if on_received is not None:
                     on_received(len(message))
@@ -68,6 +79,8 @@ class PeerPool:
             ) from error
         finally:
             call.cancel()
+            if self._on_transfer is not None:
+                self._on_transfer(address, "grpc", received, time.perf_counter() - started)
         reader.finish()
 
     async def close(self) -> None:

@@ -23,10 +23,13 @@ from homer.state import NodeState
 from homer.v1 import worker_pb2
 from workers.engine import Engine, LoadedModel
 from workers.gather import Gather
+from workers.metrics import WorkerMetrics
 from workers.peer import PeerPool
 from workers.plan_wire import write_node
+from workers.spans import SubtreeSpans
 from workers.store import HeldRequest, copy_shards
 from workers.tensor_stream import Limits
+from workers.tracing import Tracing
 from workers.wire import (
     FINISH_REASONS,
     must_equal,
@@ -54,6 +57,8 @@ class Runner:
     engine: Engine
     peers: PeerPool
     counters: Counters
+    metrics: WorkerMetrics
+    tracing: Tracing
 
     async def run_subtree(
         self,
@@ -66,6 +71,17 @@ class Runner:
 
         Between steps other requests get their turn.
         """
+        with SubtreeSpans(self.tracing, held.plan, node_id) as spans:
+            await self._run_nodes(held, node_id, context_ids, emit, spans)
+
+    async def _run_nodes(
+        self,
+        held: HeldRequest,
+        node_id: NodeId,
+        context_ids: torch.Tensor,
+        emit: Callable[[worker_pb2.RunSubtreeResponse], None],
+        spans: SubtreeSpans,
+    ) -> None:
         held.forget_subtree(node_id)
         encoder = held.encoder
         nodes = held.plan.subtree(node_id)
@@ -76,12 +92,15 @@ class Runner:
                 span = context_ids[node.context_start - first : node.context_end - first]
                 ran = await self.engine.step(_timed_leaf, encoder, node, span)
                 self.counters.leaves_done += 1
+                self.metrics.leaf_done(node.context_in, ran.seconds)
             else:
                 count = len(node.children)
                 children = [done.pop() for _ in range(count)][::-1]
                 ran = await self.engine.step(_timed_merge, encoder, node, children)
                 self.counters.merges_done += 1
+                self.metrics.merge_done(node.id.height, ran.seconds)
                 children.clear()
+            spans.node_done(node, ran.started_unix_seconds, ran.seconds)
             done.append(ran.state)
             if node.id == node_id:
                 held.keep(ran.state)
@@ -116,6 +135,12 @@ class Runner:
         transfer_seconds = time.perf_counter() - started
         ran = await self.engine.step(_timed_merge, held.encoder, node, children)
         self.counters.merges_done += 1
+        self.metrics.merge_done(node_id.height, ran.seconds)
+        if any(addresses):
+            self.tracing.record(
+                "transfer", transfer_began, transfer_seconds, received_bytes=received[0]
+            )
+        self.tracing.record("compute", ran.started_unix_seconds, ran.seconds)
         kept = ran.state.context_indices
         await self.prune(held, node_id, kept)
         held.keep(ran.state)
@@ -199,6 +224,7 @@ class Runner:
                 if count <= len(resume):
                     continue
                 self.counters.generated_tokens += 1
+                self.metrics.decode_step(1)
                 piece = worker_pb2.TokenPiece(token_id=token)
                 emit(worker_pb2.GenerateTokensResponse(token=piece))
         finally:
@@ -210,6 +236,7 @@ class Runner:
             decode_seconds=time.perf_counter() - started,
             started_unix_seconds=began,
         )
+        self.tracing.record("decode", began, summary.decode_seconds, tokens=count)
         emit(worker_pb2.GenerateTokensResponse(summary=summary))
 
     async def _cache_ready(
@@ -244,6 +271,10 @@ class Runner:
         ready.refresh_seconds = ended - gathered
         ready.started_unix_seconds = began
         ready.received_bytes = gather.received_bytes
+        self.tracing.record(
+            "gather", began, gathered - started, received_bytes=gather.received_bytes
+        )
+        self.tracing.record("refresh", began + gathered - started, ended - gathered)
         return ready
 
 

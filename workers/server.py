@@ -6,20 +6,28 @@ wants a worker inside. Knows nothing about what the calls do.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import socket
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from homer.errors import ConfigError
+from homer.v1 import worker_pb2
 from workers.allocator import keep_frame_memory
+from workers.call_context import CallContext
 from workers.engine import Engine, LoadedModel
+from workers.metrics import MetricsPort, WorkerMetrics
 from workers.options import WorkerOptions
 from workers.servicer import WorkerServicer
+from workers.tracing import Tracing, connect_tracing
 from workers.transport import SERVER_OPTIONS, SERVICE, worker_handlers
 
 _log = logging.getLogger(__name__)
 
+STATS_TIMEOUT_SECONDS = 5.0
 HEALTH_SERVICES = ("", SERVICE.full_name)
 
 
@@ -41,6 +49,8 @@ class WorkerServer:
         self.options = options
         self.port = 0
         self._engine = Engine()
+        self._tracing = Tracing()
+        self._metrics_port: MetricsPort | None = None
         self._servicer: WorkerServicer | None = None
         self._server: grpc.aio.Server | None = None
         self._health: health.aio.HealthServicer | None = None
@@ -58,9 +68,18 @@ class WorkerServer:
             When the model cannot be loaded.
         """
         keep_frame_memory()
-        self._servicer = WorkerServicer(self._engine)
+        self._tracing = connect_tracing(
+            self.options.otlp_endpoint,
+            service_name="homer-worker",
+            service_instance_id=self.options.name or f"{socket.gethostname()}:{os.getpid()}",
+        )
+        loop = asyncio.get_running_loop()
+        metrics = WorkerMetrics(lambda: self._stats(loop))
+        self._servicer = WorkerServicer(self._engine, metrics, self._tracing)
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(
+            options=SERVER_OPTIONS, interceptors=(CallContext(self._tracing),)
+        )
         self._server.add_generic_rpc_handlers((worker_handlers(self._servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -74,11 +93,15 @@ class WorkerServer:
                 "choose a free port and an address of this machine"
             ) from error
         try:
+            if self.options.metrics_port is not None:
+                self._metrics_port = MetricsPort(
+                    metrics.registry, self.options.host, self.options.metrics_port
+                )
             model = await self._engine.step(LoadedModel.load, self.options)
         except BaseException:
             await self.stop(0)
             raise
-        self._servicer.ready(model)
+        self._servicer.ready(model, metrics_port=self.metrics_port or 0)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving %s on %s:%d", self.options.model, self.options.host, self.port)
         return self.port
@@ -98,6 +121,25 @@ class WorkerServer:
         await server.stop(None)
         await self._servicer.close()
         self._engine.close()
+        if self._metrics_port is not None:
+            await asyncio.to_thread(self._metrics_port.close)
+        await asyncio.to_thread(self._tracing.close)
+
+    @property
+    def metrics_port(self) -> int | None:
+        """Where its metrics are; None where they are not served."""
+        return None if self._metrics_port is None else self._metrics_port.port
+
+    def _stats(self, loop: asyncio.AbstractEventLoop) -> worker_pb2.GetWorkerStatsResponse:
+        """The worker's statistics, for another thread: only the loop's own may look at them."""
+        servicer = self._servicer
+        if servicer is None:
+            return worker_pb2.GetWorkerStatsResponse()
+
+        async def stats() -> worker_pb2.GetWorkerStatsResponse:
+            return servicer.stats()
+
+        return asyncio.run_coroutine_threadsafe(stats(), loop).result(STATS_TIMEOUT_SECONDS)
 
     async def _set_health(self, status: int) -> None:
         if self._health is not None:

@@ -34,11 +34,13 @@ from workers.errors import (
 )
 from workers.jobs import Job
 from workers.memory import accelerator_bytes, resident_bytes
+from workers.metrics import WorkerMetrics
 from workers.peer import PeerPool, send_frames
 from workers.plan_wire import read_node
 from workers.runs import Counters, Runner, check_children
 from workers.store import HeldRequest, Store
 from workers.tensor_stream import Spec, encode_stream
+from workers.tracing import Tracing
 from workers.wire import gather_tensors, read_plan, read_sampling, state_tensors
 
 _log = logging.getLogger(__name__)
@@ -53,15 +55,20 @@ class WorkerServicer:
     Parameters
     ----------
     engine : Engine
+    metrics : WorkerMetrics
+    tracing : Tracing
 
     It answers work with UNAVAILABLE until `ready` is called, and again after `drain`.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, metrics: WorkerMetrics, tracing: Tracing) -> None:
         self._engine = engine
+        self._metrics = metrics
+        self._tracing = tracing
+        self._metrics_port = 0
         self._store = Store()
         self._counters = Counters()
-        self._peers = PeerPool(self._received)
+        self._peers = PeerPool(self._received, metrics.transfer)
         self._runner: Runner | None = None
         self._draining = False
         self._running_calls = 0
@@ -69,9 +76,12 @@ class WorkerServicer:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def ready(self, model: LoadedModel) -> None:
+    def ready(self, model: LoadedModel, metrics_port: int = 0) -> None:
         """Take work for `model` from now on."""
-        self._runner = Runner(model, self._engine, self._peers, self._counters)
+        self._metrics_port = metrics_port
+        self._runner = Runner(
+            model, self._engine, self._peers, self._counters, self._metrics, self._tracing
+        )
 
     async def drain(self, grace_seconds: float) -> bool:
         """Take no new work; waits for running calls. Returns whether all of them ended in time."""
@@ -241,12 +251,17 @@ class WorkerServicer:
                 process_id=os.getpid(),
                 worker_id=self._worker_id,
                 kv_bytes_per_token=stack.num_layers * stack.kv_bytes_per_row,
+                metrics_port=self._metrics_port,
             )
         raise AssertionError("unreachable: a call that fails is aborted")
 
     async def GetWorkerStats(  # noqa: N802
         self, request: worker_pb2.GetWorkerStatsRequest, context: Context
     ) -> worker_pb2.GetWorkerStatsResponse:
+        return self.stats()
+
+    def stats(self) -> worker_pb2.GetWorkerStatsResponse:
+        """What this worker holds and has counted."""
         held = self._store.requests
         return worker_pb2.GetWorkerStatsResponse(
             requests=len(held),

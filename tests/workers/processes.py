@@ -38,11 +38,13 @@ def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 class WorkerProcess:
     """`python -m workers` in a process of its own, and a client to it."""
 
-    def __init__(self, model: Path, *options: str) -> None:
+    def __init__(self, model: Path, *options: str, log: Path | None = None) -> None:
+        self.log = log
         command = [sys.executable, "-m", "workers", "--model", str(model), "--threads", "1"]
         self.process = subprocess.Popen(
             [*command, "--device", "cpu", "--dtype", "float32", *options],
             stdout=subprocess.PIPE,
+            stderr=None if log is None else log.open("w"),
             text=True,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         )
