@@ -5,19 +5,27 @@ Knows nothing about Ray: it needs an address and nothing else.
 
 from __future__ import annotations
 
+import itertools
+import secrets
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
 from cluster.errors import ServiceError
+from cluster.retry import Replay, delay_seconds
+from homer.errors import ConfigError
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc, sampling_pb2
 from workers.plan_wire import PLAN_KINDS
 
 MAX_MESSAGE_BYTES = 64 << 20
+# Trailing metadata of an error that passes.
+RETRY_AFTER = "retry-after"
+SEED_BITS = 63
 
 Event = pb.Accepted | pb.Progress | pb.Token | pb.Summary
 
@@ -29,6 +37,14 @@ class HomerClient:
     ----------
     address : str
         "host:port" of the service.
+    retries : int
+        How often a request is made again when the service is overloaded or not there for now
+        (RESOURCE_EXHAUSTED, UNAVAILABLE), after the time that it asks for, or after half a second,
+        one, two, … In doing so
+
+        - `Accepted` and progress come anew for each attempt;
+        - tokens that were given already are not given again. The answer is the same each time: a
+          request that samples without a seed is given one.
 
     Examples
     --------
@@ -38,13 +54,19 @@ class HomerClient:
     ...             print(event.text, end="")
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, retries: int = 0) -> None:
+        if retries < 0:
+            raise ConfigError(f"retries is {retries}; use 0 or more")
         self.address = address
+        self.retries = retries
         self._channel = grpc.insecure_channel(
             address,
             options=(
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                # A service that restarts is back in seconds.
+                ("grpc.initial_reconnect_backoff_ms", 200),
+                ("grpc.max_reconnect_backoff_ms", 1000),
             ),
         )
         self._stub = long_context_pb2_grpc.LongContextStub(self._channel)
@@ -91,7 +113,7 @@ class HomerClient:
         return_kept_indices : bool
             Ask for the context indices that survived, in the summary.
         timeout_seconds : float, optional
-            After this long the request is cancelled everywhere.
+            After this long, all attempts together, the request is cancelled everywhere.
 
         Raises
         ------
@@ -120,6 +142,29 @@ class HomerClient:
             )
         else:
             raise TypeError("give prefix, context and question all as text or all as token ids")
+        if self.retries and request.sampling.temperature and not request.sampling.HasField("seed"):
+            request.sampling.seed = secrets.randbits(SEED_BITS)
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        replay = Replay()
+        for failures in itertools.count(1):
+            replay.begin()
+            try:
+                with closing(self._events(request, deadline)) as events:
+                    for event in events:
+                        if not isinstance(event, pb.Token) or replay.is_new(event.token_id):
+                            yield event
+                return
+            except ServiceError as error:
+                delay = delay_seconds(error, failures)
+                if delay is None or failures > self.retries:
+                    raise
+                if deadline is not None and time.monotonic() + delay >= deadline:
+                    raise
+            time.sleep(delay)
+
+    def _events(self, request: pb.GenerateRequest, deadline: float | None) -> Generator[Event]:
+        """The events of one attempt."""
+        timeout_seconds = None if deadline is None else deadline - time.monotonic()
         with _errors(self.address):
             call = self._stub.Generate(request, timeout=timeout_seconds)
             try:
@@ -149,7 +194,18 @@ def _errors(address: str) -> Iterator[None]:
         code, details = call.code(), call.details() or ""
         if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
             details = f"no Homer service answers at {address} ({details})"
-        raise ServiceError(code.name, details) from error
+        raise ServiceError(code.name, details, _retry_after(call)) from error
+
+
+def _retry_after(call: Any) -> float | None:
+    """Seconds after which the service wants to be asked again."""
+    for name, value in call.trailing_metadata() or ():
+        if name == RETRY_AFTER:
+            try:
+                return max(0.0, float(value))
+            except ValueError:
+                return None
+    return None
 
 
 def compression_to_wire(settings: Mapping[str, Any]) -> pb.CompressionOptions:

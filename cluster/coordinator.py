@@ -1,59 +1,119 @@
 """The coordinator actor: owns the worker pool and the scheduler, and serves the doors.
 
-Knows nothing about how requests are translated (`cluster.door`) or scheduled (`cluster.scheduler`).
+Ray restarts it when it dies. Then it finds the workers that live, has them forget what they hold,
+and serves on the port that it had. Knows nothing about how requests are translated
+(`cluster.door`) or scheduled (`cluster.scheduler`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 
+import ray
 from ray.util import get_node_ip_address
 
 from cluster.door import GrpcDoor
+from cluster.errors import WorkerCallError, WorkerLostError
+from cluster.job import WorkerInfo
+from cluster.keeper import keeper_name
 from cluster.options import ServeOptions
 from cluster.pool import WorkerPool
 from cluster.scheduler import Scheduler
 from cluster.service import LongContextService
+from cluster.slot import result
 from cluster.text import PromptTokenizer
 from homer.config import HomerConfig
 from homer.shape import homer_defaults
+from workers.addresses import join_port
+
+_log = logging.getLogger(__name__)
 
 NAMESPACE = "homer"
+# The port of a coordinator that was killed is free as soon as its process has gone.
+PORT_TIMEOUT_SECONDS = 20.0
 
 
 class Coordinator:
-    """A Ray actor; all of its methods run in the actor's event loop."""
+    """A Ray actor; all of its methods run in the actor's event loop.
+
+    It starts by itself, so that it is back after a restart without being asked.
+    """
 
     def __init__(self, options: ServeOptions) -> None:
+        logging.basicConfig(level=logging.INFO)
         self._options = options
-        self._pool = WorkerPool(options)
+        self._keeper = ray.get_actor(keeper_name(options.name), NAMESPACE)
+        self._scheduler = Scheduler()
+        here = get_node_ip_address()
+        self._pool = WorkerPool(options, self._keeper, here, self._scheduler)
+        self._scheduler.on_worker_lost = self._pool.fence
         self._door: GrpcDoor | None = None
-        self._scheduler: Scheduler | None = None
+        self._ended = asyncio.Event()
+        self._starting = asyncio.create_task(self._start())
 
     async def start(self) -> str:
-        """Start workers and doors; returns the address of the gRPC door."""
+        """Returns the address of the gRPC door, when it serves."""
+        return await asyncio.shield(self._starting)
+
+    async def until_ended(self) -> None:
+        """Returns when the service was stopped; fails when the process dies."""
+        await self._ended.wait()
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Close the doors; requests that run may take `grace_seconds` to end."""
+        if self._door is not None:
+            await self._door.stop(grace_seconds)
+
+    async def stop(self) -> None:
+        """Close the doors, wait for what is being released, and end the workers."""
+        self._starting.cancel()
+        await asyncio.gather(self._starting, return_exceptions=True)
+        if self._door is not None:
+            await self._door.stop()
+        await self._scheduler.drain()
+        await self._pool.stop()
+        self._ended.set()
+
+    async def _start(self) -> str:
         options = self._options
         _, (config, tokenizer) = await asyncio.gather(
             self._pool.start(), asyncio.to_thread(_load_settings, options)
         )
-        self._scheduler = Scheduler(self._pool.clients)
-        info = await self._pool.clients[0].info()
+        info = await self._worker_info()
         service = LongContextService(self._scheduler, info, config, tokenizer, options.limits)
-        self._door = GrpcDoor(service, options.host, options.port)
-        port = await self._door.start()
+        port = await self._open(service)
         any_host = options.host in ("0.0.0.0", "[::]", "::")
-        return f"{get_node_ip_address() if any_host else options.host}:{port}"
+        return join_port(get_node_ip_address() if any_host else options.host, port)
 
-    async def stop(self) -> None:
-        """Close the doors, wait for what is being released, and end the workers."""
-        if self._door is not None:
-            await self._door.stop()
-        if self._scheduler is not None:
-            await self._scheduler.drain()
-        await self._pool.stop()
+    async def _worker_info(self) -> WorkerInfo:
+        """What the workers are: all have the same model."""
+        while True:
+            for client in self._pool.clients:
+                try:
+                    return await client.info()
+                except (WorkerLostError, WorkerCallError) as error:
+                    _log.warning("no information: %s", error)
+            await asyncio.sleep(0.1)
+
+    async def _open(self, service: LongContextService) -> int:
+        """Open the door, on the port where the service was reached before, if it was."""
+        before = await result(self._keeper.door_port.remote())
+        deadline = asyncio.get_running_loop().time() + PORT_TIMEOUT_SECONDS
+        while True:
+            door = GrpcDoor(service, self._options.host, before or self._options.port)
+            try:
+                port = await door.start()
+                break
+            except OSError:
+                if not before or asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(0.1)
+        self._door = door
+        await result(self._keeper.remember_door_port.remote(port))
+        return port
 
 
 def _load_settings(options: ServeOptions) -> tuple[HomerConfig, PromptTokenizer | None]:
-
     config = homer_defaults(options.model, **options.compression.given())
     return config, PromptTokenizer.load(options.model)

@@ -141,11 +141,11 @@ class GrpcDoor:
         self._server = server
         return port
 
-    async def stop(self) -> None:
-        """Refuse new requests, give running ones a moment, then cancel them."""
+    async def stop(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
+        """Refuse new requests, give running ones `grace_seconds`, then cancel them."""
         if self._server is not None:
             await self._health.enter_graceful_shutdown()
-            await self._server.stop(STOP_GRACE_SECONDS)
+            await self._server.stop(grace_seconds)
 
 
 def wire_code(error: HomerError) -> grpc.StatusCode:

@@ -56,8 +56,12 @@ class CapacityError(HomerError):
 
 
 class ServiceError(HomerError):
-    """A Homer service refused or failed a request; `code` is the gRPC status code's name."""
+    """A Homer service refused or failed a request; `code` is the gRPC status code's name.
 
-    def __init__(self, code: str, message: str) -> None:
+    `retry_after_seconds` is when the service wants to be asked again, where it says so.
+    """
+
+    def __init__(self, code: str, message: str, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.retry_after_seconds = retry_after_seconds

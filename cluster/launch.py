@@ -12,22 +12,34 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.coordinator import NAMESPACE, Coordinator
 from cluster.errors import PlacementError
-from cluster.options import ServeOptions, placement_problem
+from cluster.keeper import Keeper, keeper_name
+from cluster.options import ServeOptions
+from cluster.placement import WorkerSpec, placement_problem, total
+from cluster.slot import cause_of
 from homer.errors import HomerError
 
 _log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_SECONDS = 30.0
+RESTART_POLL_SECONDS = 0.2
 LOOPBACK = "127.0.0.1"
 
 
@@ -63,14 +75,15 @@ def ray_cluster(
                 ray.init(address=address, **common)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise PlacementError(
-                    f"cannot join the Ray cluster at {address}: {error}"
+                    f"cannot join the Ray cluster at {address}: {error} (where it asks for a "
+                    "token, set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token)"
                 ) from error
         else:
             # Short, because the paths of Ray's sockets are limited to 107 characters.
             folder = tempfile.mkdtemp(prefix="homer-")
             ray.init(
                 address="local",
-                num_cpus=int(options.bundle["CPU"]) * options.workers,
+                num_cpus=int(total(_largest(options))["CPU"]),
                 include_dashboard=False,
                 # Ray runs workers at the lowest priority; here somebody waits for them.
                 _system_config={"worker_niceness": 0},
@@ -78,7 +91,7 @@ def ray_cluster(
                 **common,
             )
             _check_room(options)
-            options = dataclasses.replace(options, worker_host=LOOPBACK)
+            options = dataclasses.replace(options, worker_host=options.worker_host or LOOPBACK)
         if threading.current_thread() is threading.main_thread():
             # Ray takes over SIGTERM; how this process ends is for its caller to say.
             signal.signal(signal.SIGTERM, on_term or signal.SIG_DFL)
@@ -89,17 +102,24 @@ def ray_cluster(
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _largest(options: ServeOptions) -> list[WorkerSpec]:
+    return options.initial + [options.main_spec] * (options.most - options.workers)
+
+
 def _check_room(options: ServeOptions) -> None:
     """A cluster of one machine does not grow: do not wait for what it can never have."""
-    total = ray.cluster_resources()
-    for kind, amount in options.bundle.items():
-        if total.get(kind, 0) < amount * options.workers:
-            raise placement_problem(options, total, ray.available_resources(), 1)
+    has = ray.cluster_resources()
+    if any(has.get(kind, 0) < amount for kind, amount in total(options.initial).items()):
+        raise placement_problem(
+            options.initial, options.placement, has, ray.available_resources(), 1
+        )
 
 
 @contextmanager
 def running_service(options: ServeOptions) -> Iterator[str]:
     """A service on the Ray cluster that this process has joined; gives its address.
+
+    Ray restarts its parts when they die; all of them end with this process.
 
     Raises
     ------
@@ -107,22 +127,24 @@ def running_service(options: ServeOptions) -> Iterator[str]:
         When it cannot start, with the reason: no room, a model that cannot be loaded, a port in
         use.
     """
-    actor: Any = ray.remote(Coordinator)
+    # Beside whoever starts it: that is where the address is meant.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    settings: dict[str, Any] = {
+        "namespace": NAMESPACE,
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "scheduling_strategy": here,
+    }
+    keeper_actor: Any = ray.remote(Keeper)
     try:
-        coordinator = actor.options(
-            name=options.name,
-            namespace=NAMESPACE,
-            num_cpus=0,
-            # Beside whoever starts it: that is where the address is meant.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(
-                ray.get_runtime_context().get_node_id(), soft=True
-            ),
-        ).remote(options)
+        keeper = keeper_actor.options(name=keeper_name(options.name), **settings).remote()
     except ValueError as error:
         raise PlacementError(
             f"a service named {options.name!r} is running on this Ray cluster; stop it or choose "
             "another --name"
         ) from error
+    actor: Any = ray.remote(Coordinator)
+    coordinator = actor.options(name=options.name, **settings).remote(options)
     try:
         yield _start(coordinator)
     finally:
@@ -131,21 +153,53 @@ def running_service(options: ServeOptions) -> Iterator[str]:
         except (RayError, GetTimeoutError) as error:
             _log.warning("the coordinator did not stop in peace: %s", error)
         ray.kill(coordinator)
+        ray.kill(keeper)
 
 
-def _start(coordinator: Any) -> str:
+def drain_service(options: ServeOptions) -> None:
+    """Let the service finish what runs, within its time of grace; it takes nothing new any more."""
+    coordinator = ray.get_actor(options.name, NAMESPACE)
+    grace = options.grace_seconds
     try:
-        address: str = ray.get(coordinator.start.remote())
-    except RayTaskError as error:
-        # The error inside is the one that says what to change; Ray's wrapper adds its traceback.
-        cause = error.cause
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
-        if isinstance(cause, HomerError):
-            raise cause from None
-        if isinstance(cause, OSError):
-            raise PlacementError(str(cause)) from None
-        raise
-    except RayActorError as error:
-        raise PlacementError(f"the coordinator died while it started: {error}") from error
-    return address
+        ray.get(coordinator.drain.remote(grace), timeout=grace + STOP_TIMEOUT_SECONDS)
+    except (RayError, GetTimeoutError) as error:
+        _log.warning("the coordinator did not drain in peace: %s", error)
+
+
+def watch_service(name: str, tell: Callable[[str], None]) -> None:
+    """Wait for as long as the service runs; `tell` says when it is gone and when it is back.
+
+    Raises
+    ------
+    HomerError
+        When the coordinator is gone and cannot come back.
+    """
+    coordinator = ray.get_actor(name, NAMESPACE)
+    while True:
+        try:
+            ray.get(coordinator.until_ended.remote())
+            return
+        except RayActorError as error:
+            if isinstance(error, ActorDiedError):
+                raise PlacementError(f"the coordinator is gone for good: {error}") from error
+        tell("the coordinator died, and running requests with it; Ray restarts it")
+        tell(f"the coordinator is back at {_start(coordinator, again=True)}")
+
+
+def _start(coordinator: Any, again: bool = False) -> str:
+    while True:
+        try:
+            return str(ray.get(coordinator.start.remote()))
+        except ActorUnavailableError as error:
+            if not again:
+                raise PlacementError(f"the coordinator died while it started: {error}") from error
+            time.sleep(RESTART_POLL_SECONDS)
+        except RayActorError as error:
+            raise PlacementError(f"the coordinator cannot start: {error}") from error
+        except RayTaskError as error:
+            cause = cause_of(error)
+            if isinstance(cause, HomerError):
+                raise cause from None
+            if isinstance(cause, OSError):
+                raise PlacementError(str(cause)) from None
+            raise

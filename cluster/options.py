@@ -5,9 +5,10 @@ One frozen dataclass, from which the command line takes its defaults. Knows noth
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.errors import PlacementError
+from cluster.placement import PLACEMENTS, Place, Placement, WorkerSpec
 from cluster.service import Limits
 from homer.config import PlanKind
 from homer.errors import ConfigError
@@ -42,16 +43,34 @@ class ServeOptions:
     model : str
         A folder in Hugging Face format, or a model id; the same on every node.
     workers : int
-        Worker processes.
+        Worker processes at the start.
+    min_workers, max_workers : int, optional
+        Between them the pool gives idle workers back and asks for more while all are busy; by
+        default it keeps `workers`.
     cpu : bool
-        Workers compute on the CPU, with `threads` threads each. Otherwise each takes one GPU.
+        Workers compute on the CPU, with `threads` threads each. Otherwise each takes
+        `gpus_per_worker` GPUs.
+    cpu_workers : int
+        Workers on the CPU beside those on GPUs.
     threads : int
+    gpus_per_worker : float
+        Below 1, several workers share a GPU.
+    placement : Placement
+        On as few nodes as possible or on as many; strict: on one, or on as many as workers.
+    resources, labels : mapping
+        What else the nodes of `workers` must have: resources by Ray's names with the amount that
+        each worker takes, and labels. `cpu_workers` go anywhere.
+    grow_after_seconds, idle_seconds : float
+        The pool grows when all workers have been busy for so long, and gives back a worker that
+        had nothing to do for so long.
     dtype : str
         "auto" (the checkpoint's own), float32, bfloat16 or float16.
     bias : str, optional
         A calibration bias file; by default the one beside the model, where there is one.
     worker_host : str, optional
-        Where workers listen; by default on their node's own address.
+        Where workers listen and reach each other: an address, a network ("10.1.0.0/16") or an
+        interface ("eth1"). By default the address of their node from which it reaches the
+        coordinator.
     host, port
         Where the gRPC door listens; port 0 is any free one.
     name : str
@@ -60,12 +79,23 @@ class ServeOptions:
         How long to wait for the Ray cluster to make room for the workers.
     start_timeout_seconds : float
         How long a worker may take to load the model.
+    grace_seconds : float
+        How long running requests may take to end when the service is told to end.
     """
 
     model: str
     workers: int = 1
+    min_workers: int | None = None
+    max_workers: int | None = None
     cpu: bool = False
+    cpu_workers: int = 0
     threads: int = 1
+    gpus_per_worker: float = 1.0
+    placement: Placement = "pack"
+    resources: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    grow_after_seconds: float = 10.0
+    idle_seconds: float = 300.0
     dtype: str = "auto"
     bias: str | None = None
     worker_host: str | None = None
@@ -76,31 +106,97 @@ class ServeOptions:
     limits: Limits = field(default_factory=Limits)
     placement_timeout_seconds: float = 120.0
     start_timeout_seconds: float = 600.0
+    grace_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("workers", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; use 1 or more")
+        for name in ("workers", "threads", "min_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; use 1 or more")
+        for name in ("cpu_workers", "grow_after_seconds", "idle_seconds", "grace_seconds"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; use 0 or more")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; use 0 (any free one) to 65535")
+        self._check_devices()
+        self._check_placement()
+
+    def _check_devices(self) -> None:
+        if self.gpus_per_worker <= 0:
+            raise ConfigError(
+                f"gpus_per_worker is {self.gpus_per_worker:g}; use more than 0, or cpu for none"
+            )
+        if self.gpus_per_worker > 1 and not self.cpu:
+            raise ConfigError(
+                f"gpus_per_worker is {self.gpus_per_worker:g}; a worker runs its model on one GPU: "
+                "use 1, or a share like 0.5 of one that several workers use"
+            )
+        if self.cpu and self.cpu_workers:
+            raise ConfigError("cpu_workers go beside workers on GPUs; with cpu use workers alone")
+
+    def _check_placement(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise ConfigError(f"placement is {self.placement!r}; use {', '.join(PLACEMENTS)}")
+        for kind, amount in self.resources.items():
+            if kind in ("CPU", "GPU") or amount <= 0:
+                raise ConfigError(
+                    f"resources ask for {amount:g} {kind}; name resources other than CPU and GPU "
+                    "(those have threads and gpus_per_worker), and more than 0 of each"
+                )
+        if not self.fewest <= self.workers <= self.most:
+            raise ConfigError(
+                f"workers is {self.workers}; use one from min_workers, {self.fewest}, to "
+                f"max_workers, {self.most}"
+            )
+        if self.grows and self.placement.startswith("strict"):
+            raise ConfigError(
+                f"placement is {self.placement!r}, which a pool that grows and shrinks cannot "
+                "keep; use pack or spread, or leave min_workers and max_workers out"
+            )
 
     @property
-    def bundle(self) -> dict[str, float]:
-        """What one worker takes of a Ray node."""
-        return {"CPU": self.threads} if self.cpu else {"CPU": 1, "GPU": 1}
+    def fewest(self) -> int:
+        """The least number of workers, without `cpu_workers`."""
+        return self.workers if self.min_workers is None else self.min_workers
 
+    @property
+    def most(self) -> int:
+        """The largest number of workers, without `cpu_workers`."""
+        return self.workers if self.max_workers is None else self.max_workers
 
-def placement_problem(
-    options: ServeOptions, total: dict[str, float], free: dict[str, float], nodes: int
-) -> PlacementError:
-    """Says what is missing for the workers."""
-    need = ", ".join(f"{amount:g} {kind}" for kind, amount in options.bundle.items())
-    has = ", ".join(
-        f"{total.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in options.bundle
-    )
-    advice = "" if options.cpu or total.get("GPU") else ", or use --cpu"
-    fewer = "--workers or --threads" if options.cpu else "--workers"
-    return PlacementError(
-        f"no room for {options.workers} worker(s) of {need} each: the Ray cluster of "
-        f"{nodes} node(s) has {has}. Add nodes, or lower {fewer}{advice}"
-    )
+    @property
+    def grows(self) -> bool:
+        """Whether the number of workers changes."""
+        return self.fewest < self.most
+
+    @property
+    def main_spec(self) -> WorkerSpec:
+        """What each of `workers` is."""
+        return WorkerSpec(
+            gpus=0.0 if self.cpu else self.gpus_per_worker,
+            cpus=self.threads if self.cpu else 1,
+            resources=self.resources,
+            labels=self.labels,
+        )
+
+    @property
+    def initial(self) -> list[WorkerSpec]:
+        """All workers at the start; those on the CPU beside GPUs last."""
+        beside = WorkerSpec(cpus=self.threads)
+        return [self.main_spec] * self.workers + [beside] * self.cpu_workers
+
+    def place(self, number: int) -> Place:
+        """Where worker `number` goes.
+
+        A pool of fixed size is one group. Where it grows and shrinks, each worker is placed for
+        itself, so that its place can be given back.
+        """
+        if not self.grows:
+            return Place("workers", number, self.initial, self.placement)
+        if self.placement == "spread":
+            return Place()
+        return Place(f"worker-{number}", 0, [self.spec(number)], self.placement)
+
+    def spec(self, number: int) -> WorkerSpec:
+        """What worker `number` is; those that join later are like `workers`."""
+        return self.initial[number] if number < len(self.initial) else self.main_spec

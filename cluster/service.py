@@ -165,8 +165,9 @@ class LongContextService:
                         yield event
 
     async def workers(self) -> list[WorkerState]:
-        """What each worker holds now."""
-        return list(await asyncio.gather(*(_state_of(w) for w in self.scheduler.workers)))
+        """What each worker holds now, in the order of their numbers."""
+        workers = sorted(self.scheduler.workers, key=lambda worker: (len(worker.name), worker.name))
+        return list(await asyncio.gather(*(_state_of(worker) for worker in workers)))
 
     def _prepare(self, request: Request) -> Job:
         prompt = request.prompt

@@ -1,47 +1,82 @@
 """A Ray actor around the Ray-free worker server.
 
-Starts it on the node's own address and ends it; requests never come through Ray. Knows nothing
+Starts it on an address of the node and ends it; requests never come through Ray. Knows nothing
 about what a worker does.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-
-from ray.util import get_node_ip_address
+import uuid
+from dataclasses import dataclass
 
 from cluster.options import ServeOptions
+from cluster.placement import WorkerSpec
 
 # Before anything imports gRPC: a server must not try to survive a fork that nobody makes.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+from workers.addresses import address_toward, join_port
 from workers.options import WorkerOptions
 from workers.server import WorkerServer
+
+
+@dataclass(frozen=True)
+class WorkerProcess:
+    """One process of a worker actor; after a restart there is another one."""
+
+    id: str
+    process_id: int
 
 
 class WorkerActor:
     """One worker. Its methods run in the actor's event loop, and so does its gRPC server."""
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions, spec: WorkerSpec, toward: str) -> None:
         logging.basicConfig(level=logging.INFO)
-        self._host = options.worker_host or get_node_ip_address()
-        self._server = WorkerServer(
-            WorkerOptions(
-                model=options.model,
-                host=self._host,
-                device="cpu" if options.cpu else "cuda:0",
-                dtype=options.dtype,
-                threads=options.threads if options.cpu else 0,
-                bias=options.bias,
-            )
-        )
+        self._process = WorkerProcess(uuid.uuid4().hex, os.getpid())
+        self._options = options
+        self._spec = spec
+        self._toward = toward
+        self._server: WorkerServer | None = None
+        self._started: asyncio.Task[str] | None = None
+        self._ended = asyncio.Event()
 
-    async def start(self) -> str:
-        """Load the model and serve; returns the address."""
-        port = await self._server.start()
-        return f"{self._host}:{port}"
+    async def process(self) -> WorkerProcess:
+        """Which process answers."""
+        return self._process
+
+    async def start(self, name: str) -> str:
+        """Load the model and serve as `name`, where that is not done; returns the address."""
+        if self._started is None:
+            self._started = asyncio.create_task(self._start(name))
+        return await asyncio.shield(self._started)
+
+    async def until_ended(self) -> None:
+        """Returns when the worker was stopped; fails when the process dies."""
+        await self._ended.wait()
 
     async def stop(self) -> None:
         """Drain and end."""
-        await self._server.stop()
+        if self._server is not None:
+            await self._server.stop()
+        self._ended.set()
+
+    async def _start(self, name: str) -> str:
+        options, spec = self._options, self._spec
+        server = WorkerServer(
+            WorkerOptions(
+                model=options.model,
+                host=options.worker_host or address_toward(self._toward),
+                device="cuda:0" if spec.gpus else "cpu",
+                dtype=options.dtype,
+                threads=0 if spec.gpus else spec.cpus,
+                bias=options.bias,
+                name=name,
+            )
+        )
+        self._server = server
+        port = await server.start()
+        return join_port(server.host, port)

@@ -184,7 +184,11 @@ class GrpcWorkerClient:
         raise WorkerCallError(f"worker {self.name} cannot drop nodes yet", "UNIMPLEMENTED")
 
     async def reset(self, keep_request_ids: Sequence[str] = ()) -> None:
-        raise WorkerCallError(f"worker {self.name} cannot be reset yet", "UNIMPLEMENTED")
+        with self._errors():
+            await self._stub.Reset(
+                worker_pb2.ResetRequest(keep_request_ids=keep_request_ids),
+                timeout=INFO_TIMEOUT_SECONDS,
+            )
 
     async def release(self, request_id: str) -> None:
         with self._errors():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from homer.errors import ConfigError, ModelError
@@ -50,7 +51,7 @@ def load_model(
     try:
         target = torch.device(device)
         model: Any = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=dtype, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model {str(path_or_id)!r}: {error}") from error
     if "device_map" not in kwargs:
         model = model.to(target)

@@ -24,7 +24,7 @@ from workers.server import WorkerServer
 
 _HELP = {
     "model": "folder in Hugging Face format, or model id",
-    "host": "address to listen on; other workers must reach it",
+    "host": "address, network (10.1.0.0/16) or interface (eth1) on which others reach it",
     "port": "port to listen on; 0 takes a free one",
     "device": "auto, cpu or cuda:N",
     "dtype": "auto, float32, bfloat16 or float16",
@@ -70,7 +70,7 @@ async def serve(options: WorkerOptions) -> None:
     starting.result()
     metrics = "" if server.metrics_port is None else f" metrics_port={server.metrics_port}"
     print(
-        f"homer-worker ready host={options.host} port={server.port} pid={os.getpid()}{metrics}",
+        f"homer-worker ready host={server.host} port={server.port} pid={os.getpid()}{metrics}",
         flush=True,
     )
     await stopping

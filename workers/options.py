@@ -16,7 +16,8 @@ class WorkerOptions:
     model : str
         A folder in Hugging Face format, or a model id.
     host : str
-        Address to listen on. Other workers must be able to reach it.
+        Address to listen on, which other workers must be able to reach; or a network
+        ("10.1.0.0/16") or an interface ("eth1"), for this machine's address in it.
     port : int
         0 takes a free one.
     device : str

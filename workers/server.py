@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from homer.errors import ConfigError
 from homer.v1 import worker_pb2
+from workers.addresses import find_address, join_port
 from workers.allocator import keep_frame_memory
 from workers.call_context import CallContext
 from workers.engine import Engine, LoadedModel
@@ -47,6 +48,7 @@ class WorkerServer:
 
     def __init__(self, options: WorkerOptions) -> None:
         self.options = options
+        self.host = ""
         self.port = 0
         self._engine = Engine()
         self._tracing = Tracing()
@@ -63,11 +65,12 @@ class WorkerServer:
         Raises
         ------
         ConfigError
-            When the address cannot be listened on.
+            When the address cannot be listened on, or this machine has none where the options say.
         ModelError, BiasError
             When the model cannot be loaded.
         """
         keep_frame_memory()
+        self.host = find_address(self.options.host)
         self._tracing = connect_tracing(
             self.options.otlp_endpoint,
             service_name="homer-worker",
@@ -83,7 +86,7 @@ class WorkerServer:
         self._server.add_generic_rpc_handlers((worker_handlers(self._servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        address = f"{self.options.host}:{self.options.port}"
+        address = join_port(self.host, self.options.port)
         try:
             self.port = self._server.add_insecure_port(address)
             await self._server.start()
@@ -95,7 +98,7 @@ class WorkerServer:
         try:
             if self.options.metrics_port is not None:
                 self._metrics_port = MetricsPort(
-                    metrics.registry, self.options.host, self.options.metrics_port
+                    metrics.registry, self.host, self.options.metrics_port
                 )
             model = await self._engine.step(LoadedModel.load, self.options)
         except BaseException:
@@ -103,7 +106,7 @@ class WorkerServer:
             raise
         self._servicer.ready(model, metrics_port=self.metrics_port or 0)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        _log.info("serving %s on %s:%d", self.options.model, self.options.host, self.port)
+        _log.info("serving %s on %s", self.options.model, join_port(self.host, self.port))
         return self.port
 
     async def stop(self, grace_seconds: float | None = None) -> None:

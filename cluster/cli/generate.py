@@ -17,6 +17,8 @@ from cluster.errors import ServiceError
 from homer.errors import PromptError
 
 EXIT_INTERRUPTED = 130
+# A coordinator that dies is back in about five seconds.
+OWN_RETRIES = 5
 
 
 def generate(
@@ -40,6 +42,14 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout, no progress.")
     ] = False,
+    retries: Annotated[
+        int | None,
+        typer.Option(
+            help="How often to ask again when the service is away or overloaded; with --server "
+            f"never by default, else {OWN_RETRIES} times.",
+            min=0,
+        ),
+    ] = None,
     workers: settings.Workers = DEFAULTS.workers,
     cpu: settings.Cpu = DEFAULTS.cpu,
     threads: settings.Threads = DEFAULTS.threads,
@@ -105,7 +115,9 @@ def generate(
                 )
                 view.status(f"starting {workers} worker(s) …")
                 server = _start(stack, address, options)
-            _ask(server or "", request, view, as_json)
+            if retries is None:
+                retries = 0 if model is None else OWN_RETRIES
+            _ask(server or "", retries, request, view, as_json)
     except KeyboardInterrupt:
         typer.echo("homer: cancelled", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -131,13 +143,13 @@ def _start(stack: ExitStack, address: str | None, options: Any) -> str:
     return stack.enter_context(running_service(placed))
 
 
-def _ask(server: str, request: dict[str, Any], view: Any, as_json: bool) -> None:
+def _ask(server: str, retries: int, request: dict[str, Any], view: Any, as_json: bool) -> None:
     from cluster.cli.progress import describe_summary
     from cluster.client import HomerClient
     from homer.v1 import long_context_pb2 as pb
 
     told = 0
-    with HomerClient(server) as client:
+    with HomerClient(server, retries=retries) as client:
         for event in client.generate(**request):
             match event:
                 case pb.Accepted():

@@ -129,6 +129,9 @@ class BarProgress(NoProgress):
     def accepted(self, event: pb.Accepted) -> None:
         self._status.stop()
         self._console.print(describe_accepted(event), style="dim", highlight=False)
+        # A request that is made again starts anew.
+        for task in self._bars.task_ids:
+            self._bars.remove_task(task)
         self._bars.start()
         self._leaves = self._bars.add_task("leaves", total=event.leaves, worker="")
         self._merges = self._bars.add_task("merges", total=event.merges or None, worker="")

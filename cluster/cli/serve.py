@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -27,6 +26,22 @@ def serve(
     max_context_tokens: Annotated[
         int, typer.Option(help="Longest document, in tokens.", min=1)
     ] = DEFAULTS.limits.context_tokens,
+    grace_seconds: Annotated[
+        float,
+        typer.Option(
+            "--grace-seconds", help="How long running requests may take to end on SIGTERM.", min=0
+        ),
+    ] = DEFAULTS.grace_seconds,
+    min_workers: settings.MinWorkers = None,
+    max_workers: settings.MaxWorkers = None,
+    grow_after_seconds: settings.GrowAfterSeconds = DEFAULTS.grow_after_seconds,
+    idle_seconds: settings.IdleSeconds = DEFAULTS.idle_seconds,
+    cpu_workers: settings.CpuWorkers = DEFAULTS.cpu_workers,
+    gpus_per_worker: settings.GpusPerWorker = DEFAULTS.gpus_per_worker,
+    placement: settings.PlacementOption = DEFAULTS.placement,
+    resources: settings.Resources = None,
+    labels: settings.Labels = None,
+    worker_host: settings.WorkerHost = DEFAULTS.worker_host,
     placement_timeout: settings.PlacementTimeout = DEFAULTS.placement_timeout_seconds,
     max_chunk_len: settings.MaxChunkLen = None,
     target_len: settings.TargetLen = None,
@@ -35,16 +50,30 @@ def serve(
     fan_in: settings.FanIn = None,
     paper: settings.Paper = False,
 ) -> None:
-    """Serve a model on a Ray cluster until Ctrl-C."""
-    from cluster.launch import ray_cluster, running_service
+    """Serve a model on a Ray cluster until Ctrl-C.
+
+    SIGTERM lets the requests that run end first.
+    """
+    from cluster.launch import drain_service, ray_cluster, running_service, watch_service
     from cluster.options import ServeOptions
+    from cluster.placement import Placement
     from cluster.service import Limits
 
     options = ServeOptions(
         model=model,
         workers=workers,
+        min_workers=min_workers,
+        max_workers=max_workers,
+        grow_after_seconds=grow_after_seconds,
+        idle_seconds=idle_seconds,
         cpu=cpu,
+        cpu_workers=cpu_workers,
         threads=threads,
+        gpus_per_worker=gpus_per_worker,
+        placement=cast(Placement, placement),
+        resources=resources or {},
+        labels=labels or {},
+        worker_host=worker_host,
         dtype=dtype,
         bias=bias,
         host=host,
@@ -60,6 +89,7 @@ def serve(
         ),
         limits=Limits(context_tokens=max_context_tokens),
         placement_timeout_seconds=placement_timeout,
+        grace_seconds=grace_seconds,
     )
     try:
         with (
@@ -68,7 +98,16 @@ def serve(
             running_service(placed) as service,
         ):
             # On stdout and in one line, for scripts that wait for it.
-            typer.echo(f"homer serves {model} at {service} with {workers} worker(s)")
-            threading.Event().wait()
+            typer.echo(f"homer serves {model} at {service} with {len(options.initial)} worker(s)")
+            try:
+                watch_service(name, lambda news: typer.echo(f"homer: {news}", err=True))
+            except settings.Terminated:
+                typer.echo(
+                    f"homer: running requests have {grace_seconds:g} s to end; another signal ends "
+                    "them now",
+                    err=True,
+                )
+                drain_service(placed)
     except KeyboardInterrupt:
-        typer.echo("homer: stopped", err=True)
+        pass
+    typer.echo("homer: stopped", err=True)

@@ -5,6 +5,7 @@ Defaults come from the settings' own dataclasses, so that the two cannot drift a
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from typing import Annotated, Any
 import typer
 
 from cluster.options import CompressionOverrides, ServeOptions
+from cluster.placement import PLACEMENTS
 
 DEFAULTS = ServeOptions(model="")
 
 _CLUSTER = "Cluster"
+_PLACEMENT = "Where workers go, and how many"
 _COMPRESSION = "Compression (by default what homer.json beside the model says)"
 
 Workers = Annotated[int, typer.Option(help="Worker processes.", min=1, rich_help_panel=_CLUSTER)]
@@ -58,6 +61,111 @@ PlacementTimeout = Annotated[
         rich_help_panel=_CLUSTER,
     ),
 ]
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        read = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise typer.BadParameter(f"{text!r} is not a JSON object; write it like {{'name': value}}")
+    return read
+
+
+def _amounts(text: str) -> dict[str, float]:
+    read = _mapping(text)
+    if not all(type(amount) in (int, float) for amount in read.values()):
+        raise typer.BadParameter(f"{text!r} has an amount that is no number")
+    return read
+
+
+def _labels(text: str) -> dict[str, str]:
+    read = _mapping(text)
+    if not all(isinstance(value, str) for value in read.values()):
+        raise typer.BadParameter(f"{text!r} has a label whose value is no text")
+    return read
+
+
+MinWorkers = Annotated[
+    int | None,
+    typer.Option(
+        help="Give idle workers back, down to so many.", min=1, rich_help_panel=_PLACEMENT
+    ),
+]
+MaxWorkers = Annotated[
+    int | None,
+    typer.Option(
+        help="Ask for more workers while all are busy, up to so many.",
+        min=1,
+        rich_help_panel=_PLACEMENT,
+    ),
+]
+GrowAfterSeconds = Annotated[
+    float,
+    typer.Option(
+        "--grow-after-seconds",
+        help="How long all workers are busy before more are asked for.",
+        min=0,
+        rich_help_panel=_PLACEMENT,
+    ),
+]
+IdleSeconds = Annotated[
+    float,
+    typer.Option(
+        "--idle-seconds",
+        help="Give back a worker that had nothing to do for so long.",
+        min=0,
+        rich_help_panel=_PLACEMENT,
+    ),
+]
+CpuWorkers = Annotated[
+    int,
+    typer.Option(
+        help="Workers on the CPU beside those on GPUs, with --threads each.",
+        min=0,
+        rich_help_panel=_PLACEMENT,
+    ),
+]
+GpusPerWorker = Annotated[
+    float,
+    typer.Option(help="1, or the share of a GPU, like 0.5.", rich_help_panel=_PLACEMENT),
+]
+PlacementOption = Annotated[
+    str,
+    typer.Option(
+        "--placement",
+        help="On few nodes (pack) or many (spread); strict: one node, or a node each. "
+        f"One of {', '.join(PLACEMENTS)}.",
+        rich_help_panel=_PLACEMENT,
+    ),
+]
+Resources = Annotated[
+    dict | None,
+    typer.Option(
+        parser=_amounts,
+        metavar="JSON",
+        help="""Resources of Ray that nodes must have, like '{"accelerator_type:A100": 0.01}'.""",
+        rich_help_panel=_PLACEMENT,
+    ),
+]
+Labels = Annotated[
+    dict | None,
+    typer.Option(
+        parser=_labels,
+        metavar="JSON",
+        help="""Labels that nodes must have, like '{"ray.io/market-type": "!spot"}'.""",
+        rich_help_panel=_PLACEMENT,
+    ),
+]
+WorkerHost = Annotated[
+    str | None,
+    typer.Option(
+        help="Network (10.1.0.0/16) or interface (eth1) on which workers are reached; else the "
+        "address of their node that routes to the coordinator.",
+        rich_help_panel=_PLACEMENT,
+    ),
+]
 MaxChunkLen = Annotated[
     int | None,
     typer.Option(help="Longest input of a node, in tokens.", rich_help_panel=_COMPRESSION),
@@ -91,12 +199,16 @@ def overrides(paper: bool, **given: Any) -> CompressionOverrides:
     return CompressionOverrides(**given)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came; where nobody minds the difference it ends a command like Ctrl-C."""
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Let SIGTERM end a command like Ctrl-C: everything that it started is stopped first."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

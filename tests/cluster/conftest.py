@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import ray
 
 from cluster.client import HomerClient
+from cluster.keeper import Keeper
 from cluster.launch import LOOPBACK, ray_cluster, running_service
 from cluster.options import ServeOptions
 from cluster.pool import WorkerPool
+from cluster.scheduler import Scheduler
 from cluster.worker_client import GrpcWorkerClient
 from tests.golden_cases import model_dir
 
@@ -78,6 +81,12 @@ def worker_addresses(ray_session: None, run: Run[Any]) -> Iterator[Callable[[str
     """Addresses of three worker actors that serve a model; started on first use, kept since."""
     started: dict[str, list[str]] = {}
     pools: list[WorkerPool] = []
+    keeper: Any = ray.remote(Keeper)
+
+    async def start(options: ServeOptions) -> WorkerPool:
+        pool = WorkerPool(options, keeper.options(num_cpus=0).remote(), LOOPBACK, Scheduler())
+        await pool.start()
+        return pool
 
     def addresses(model: str) -> list[str]:
         if model not in started:
@@ -85,10 +94,8 @@ def worker_addresses(ray_session: None, run: Run[Any]) -> Iterator[Callable[[str
             while pools:
                 run(pools.pop().stop())
                 started.clear()
-            pool = WorkerPool(ServeOptions(model=model, cpu=True, workers=3))
-            pools.append(pool)
-            run(pool.start())
-            started[model] = [client.address for client in pool.clients]
+            pools.append(run(start(ServeOptions(model=model, cpu=True, workers=3))))
+            started[model] = [client.address for client in pools[-1].clients]
         return started[model]
 
     yield addresses

@@ -11,7 +11,7 @@ import ray
 from cluster.client import HomerClient
 from cluster.errors import PlacementError
 from cluster.launch import running_service
-from cluster.options import CompressionOverrides, ServeOptions, placement_problem
+from cluster.options import CompressionOverrides, ServeOptions
 from homer.errors import ConfigError, HomerError
 from tests.cluster.conftest import LOGICAL_CPUS, poll
 from tests.golden_cases import model_dir
@@ -40,13 +40,6 @@ def test_no_room_says_what_is_missing(ray_session: None) -> None:
     assert f"no room for 2 worker(s) of {LOGICAL_CPUS} CPU each" in str(error)
     assert f"has {LOGICAL_CPUS} CPU (" in str(error)
     assert "lower --workers or --threads" in str(error)
-
-
-def test_no_gpu_suggests_the_cpu() -> None:
-    error = placement_problem(options(cpu=False, workers=3), {"CPU": 8}, {"CPU": 2}, nodes=2)
-    assert "no room for 3 worker(s) of 1 CPU, 1 GPU each" in str(error)
-    assert "of 2 node(s) has 8 CPU (2 free), 0 GPU (0 free)" in str(error)
-    assert str(error).endswith("lower --workers, or use --cpu")
 
 
 def test_a_model_that_is_not_there(ray_session: None) -> None:
@@ -82,12 +75,3 @@ def test_a_service_that_ended_gives_back_its_place(ray_session: None, text_model
             assert client.server_info().model == str(text_model)
         taken = free_cpus()
     poll(lambda: free_cpus() == taken + 1, "the place is not given back")
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [({"workers": 0}, "workers is 0"), ({"threads": 0}, "threads is 0"), ({"port": -1}, "port is")],
-)
-def test_options_out_of_range(given: dict[str, int], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        options(**given)

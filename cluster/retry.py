@@ -1,0 +1,66 @@
+"""Making a request again when a service could not answer it for now.
+
+Pure rules; knows nothing about gRPC.
+"""
+
+from __future__ import annotations
+
+import random
+
+from cluster.errors import ServiceError
+
+# Codes that say: not now. Everything else would go wrong in the same way again.
+PASSING_CODES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
+FIRST_DELAY_SECONDS = 0.5
+LONGEST_DELAY_SECONDS = 10.0
+# Clients that failed together should not come back together.
+JITTER = 0.25
+
+
+def delay_seconds(error: ServiceError, failures: int) -> float | None:
+    """How long to wait after so many failures, the last being `error`; None: do not try again.
+
+    What the service asks for counts; without that the time doubles from one failure to the next.
+    """
+    if error.code not in PASSING_CODES:
+        return None
+    delay = error.retry_after_seconds
+    if delay is None:
+        delay = min(FIRST_DELAY_SECONDS * 2 ** min(failures - 1, 16), LONGEST_DELAY_SECONDS)
+    return delay * (1 + JITTER * random.random())
+
+
+class Replay:
+    """The tokens of one answer over several attempts: none is given to the caller twice.
+
+    It needs an answer that is the same each time: greedy, or with a seed.
+    """
+
+    def __init__(self) -> None:
+        self._given: list[int] = []
+        self._position = 0
+
+    def begin(self) -> None:
+        """A new attempt: its tokens come from the first one on."""
+        self._position = 0
+
+    def is_new(self, token_id: int) -> bool:
+        """Whether the caller does not have this attempt's next token, `token_id`, already.
+
+        Raises
+        ------
+        ServiceError
+            When the answer is another one than before.
+        """
+        position = self._position
+        self._position += 1
+        if position == len(self._given):
+            self._given.append(token_id)
+            return True
+        if self._given[position] != token_id:
+            raise ServiceError(
+                "DATA_LOSS",
+                f"the request was made again, and token {position} of its answer came out another "
+                "than the one that was given before; ask anew, and discard this answer",
+            )
+        return False

@@ -1,0 +1,92 @@
+"""What workers ask of the cluster, and which wishes cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.options import ServeOptions
+from cluster.placement import WorkerSpec, placement_problem, total
+from homer.errors import ConfigError
+
+
+def test_workers_on_the_cpu_take_their_threads() -> None:
+    options = ServeOptions(model="", cpu=True, workers=2, threads=4)
+    assert [spec.bundle for spec in options.initial] == [{"CPU": 4}] * 2
+
+
+def test_a_share_of_a_gpu_with_constraints_and_workers_on_the_cpu_beside() -> None:
+    options = ServeOptions(
+        model="",
+        workers=2,
+        gpus_per_worker=0.5,
+        cpu_workers=1,
+        threads=8,
+        resources={"accelerator_type:A100": 0.01},
+        labels={"ray.io/market-type": "!spot"},
+    )
+    gpu = {"CPU": 1, "GPU": 0.5, "accelerator_type:A100": 0.01}
+    assert [spec.bundle for spec in options.initial] == [gpu, gpu, {"CPU": 8}]
+    assert [spec.labels for spec in options.initial] == [options.labels, options.labels, {}]
+    assert total(options.initial) == {"CPU": 10, "GPU": 1, "accelerator_type:A100": 0.02}
+
+
+def test_a_fixed_pool_is_one_group() -> None:
+    options = ServeOptions(model="", workers=3, cpu_workers=1, placement="strict-spread")
+    places = [options.place(number) for number in range(4)]
+    assert {place.group for place in places} == {"workers"}
+    assert [place.index for place in places] == [0, 1, 2, 3]
+    assert all(len(place.specs) == 4 and place.placement == "strict-spread" for place in places)
+
+
+def test_workers_that_come_and_go_have_places_of_their_own() -> None:
+    options = ServeOptions(model="", workers=1, cpu_workers=1, threads=2, max_workers=4)
+    groups = [options.place(number).group for number in range(3)]
+    assert len(set(groups)) == 3
+    # Number 1 is the one on the CPU; later ones are like the first.
+    assert [options.spec(number).gpus for number in range(3)] == [1, 0, 1]
+    spread = ServeOptions(model="", workers=1, max_workers=4, placement="spread")
+    assert not spread.place(0).specs
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"workers": 0}, "workers is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"port": -1}, "port is"),
+        ({"min_workers": 0}, "min_workers is 0"),
+        ({"min_workers": 3}, "workers is 2; use one from min_workers, 3"),
+        ({"max_workers": 1}, "to max_workers, 1"),
+        ({"cpu_workers": -1}, "cpu_workers is -1"),
+        ({"cpu": True, "cpu_workers": 1}, "with cpu use workers alone"),
+        ({"gpus_per_worker": 0}, "gpus_per_worker is 0"),
+        ({"gpus_per_worker": 2}, "a worker runs its model on one GPU"),
+        ({"placement": "scatter"}, "placement is 'scatter'; use pack, spread"),
+        ({"placement": "strict-pack", "max_workers": 3}, "which a pool that grows"),
+        ({"resources": {"GPU": 1}}, "resources ask for 1 GPU"),
+        ({"resources": {"disk": 0}}, "resources ask for 0 disk"),
+        ({"grace_seconds": -1}, "grace_seconds is -1"),
+    ],
+)
+def test_options_out_of_range(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServeOptions(model="", **{"workers": 2, **given})
+
+
+def test_no_gpu_suggests_the_cpu() -> None:
+    specs = ServeOptions(model="", workers=3).initial
+    error = placement_problem(specs, "pack", {"CPU": 8}, {"CPU": 2}, nodes=2)
+    assert "no room for 3 worker(s) of 1 CPU, 1 GPU each" in str(error)
+    assert "of 2 node(s) has 8 CPU (2 free), 0 GPU (0 free)" in str(error)
+    assert str(error).endswith("lower --workers, or use --cpu")
+
+
+def test_a_wish_that_no_node_fulfils_is_named() -> None:
+    specs = [WorkerSpec(gpus=1, labels={"zone": "a"}), WorkerSpec(cpus=4)]
+    error = placement_problem(specs, "strict-pack", {"CPU": 8, "GPU": 1}, {"CPU": 8}, nodes=1)
+    assert (
+        "no room for 1 worker(s) of 1 CPU, 1 GPU on a node with zone=a each and 1 worker(s) of "
+        "4 CPU each, all on one node: " in str(error)
+    )
