@@ -58,8 +58,7 @@ class PlanCost:
         refresh = 0
         if plan.refreshes_suffix:
             past = plan.prefix_len + plan.root.context_out
-            refresh = layer_flops(shape, plan.suffix_len, past) * plan.num_layers
-            refresh -= mlp_flops(shape, plan.suffix_len - 1)
+            refresh = suffix_flops(shape, plan.suffix_len, past, plan.num_layers)
         return cls(
             levels=levels,
             flops=sum(level.flops for level in levels) + prefix + refresh + head,
@@ -86,6 +85,11 @@ def layer_flops(shape: ModelShape, tokens: int, past: int = 0) -> int:
 def mlp_flops(shape: ModelShape, tokens: int) -> int:
     """One gated MLP (three projections) over `tokens` tokens."""
     return 6 * tokens * shape.hidden_size * shape.intermediate_size
+
+
+def suffix_flops(shape: ModelShape, tokens: int, past: int, layers: int) -> int:
+    """`tokens` tokens over `past` rows in all layers; of the last MLP, the last token alone."""
+    return layer_flops(shape, tokens, past) * layers - mlp_flops(shape, tokens - 1)
 
 
 def node_flops(plan: MergePlan, shape: ModelShape, node: PlanNode) -> int:

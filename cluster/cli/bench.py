@@ -5,7 +5,6 @@ Tables on stdout, progress on stderr; JSON, plots and single answers in a folder
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cluster.cli.settings import ended_by_signals
+from cluster.cli import bench_cluster, bench_simulate
+from cluster.cli.bench_output import OUT, Out, machine_facts, measuring, print_table, save_results
 
 if TYPE_CHECKING:
     from homer.bench.methods import Method
@@ -26,11 +26,17 @@ SPEED_LENGTHS = "8192,16384"
 MEMORY_LENGTHS = "8192,32768"
 QUALITY_LENGTHS = "0.75x,2x,4x,8x,16x,32x,64x"
 METHODS = "homer,paper,plain,truncation,yarn"
-OUT = Path("out/bench")
 
-app = typer.Typer(help="Measure speed, memory, transfer and answers.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure speed, memory, transfer, answers and scaling.", no_args_is_help=True
+)
+app.command()(bench_cluster.scaling)
+app.command()(bench_cluster.overhead)
+app.command()(bench_cluster.wire)
+app.command()(bench_cluster.worker_memory)
+app.command()(bench_simulate.costs)
+app.command()(bench_simulate.simulate)
 
-Out = Annotated[Path, typer.Option(help="Folder for JSON, plots and single answers.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of each process.", min=1)]
 Runs = Annotated[int, typer.Option(help="Rounds; each runs every method once.", min=1)]
 Model = Annotated[
@@ -86,7 +92,7 @@ def speed(
     lengths: Lengths = SPEED_LENGTHS, runs: Runs = 3, threads: Threads = 1, out: Out = OUT
 ) -> None:
     """Time compression beside full attention, on a model of 12 random layers."""
-    with _measuring():
+    with measuring():
         _speed(lengths, runs, threads, out)
 
 
@@ -98,7 +104,7 @@ def memory(
     out: Out = OUT,
 ) -> None:
     """Measure peak memory above the loaded model, in a fresh process for each length."""
-    with _measuring():
+    with measuring():
         _memory(lengths, methods, threads, out)
 
 
@@ -109,7 +115,7 @@ def transport(
     out: Out = OUT,
 ) -> None:
     """Time the tensor stream between workers beside a raw TCP socket."""
-    with _measuring():
+    with measuring():
         _transport(megabytes, runs, out)
 
 
@@ -131,7 +137,7 @@ def passkey(
     fresh: Fresh = _DEFAULT.fresh,
 ) -> None:
     """Answers about one key hidden in a long text. A run that was stopped goes on."""
-    with _measuring():
+    with measuring():
         _quality("passkey", _options(locals()))
 
 
@@ -154,7 +160,7 @@ def multikey(
     fresh: Fresh = _DEFAULT.fresh,
 ) -> None:
     """Answers about one of several named keys. A run that was stopped goes on."""
-    with _measuring():
+    with measuring():
         _quality("multikey", _options(locals()))
 
 
@@ -164,7 +170,7 @@ def everything(model: Model = None, out: Out = OUT) -> None:
     few = QualityOptions(
         model=model, lengths="0.75x,8x,64x", samples=20, plain_max_length="8x", out=out
     )
-    with _measuring():
+    with measuring():
         _speed(SPEED_LENGTHS, 3, 1, out)
         _memory(MEMORY_LENGTHS, "homer,paper", 1, out)
         _transport(512, 5, out)
@@ -176,28 +182,18 @@ def _options(given: dict[str, Any]) -> QualityOptions:
     return QualityOptions(**{**given, "variants": tuple(given["variants"] or ())})
 
 
-@contextmanager
-def _measuring() -> Iterator[None]:
-    """Only what is measured is printed; SIGTERM ends child processes as well."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    with ended_by_signals():
-        yield
-
-
 def _speed(lengths: str, runs: int, threads: int, out: Path) -> None:
     from homer.bench.bench_model import BenchSize
     from homer.bench.quality_run import parse_lengths
     from homer.bench.show import speed_table
     from homer.bench.speed import measure_speed
 
-    machine = _machine()
+    machine = machine_facts()
     results = measure_speed(
         parse_lengths(lengths, BenchSize().window), runs=runs, threads=threads, on_run=_say_run
     )
-    _print(machine, speed_table(results))
-    _save(out / "speed.json", machine, [asdict(result) for result in results])
+    print_table(machine, speed_table(results))
+    save_results(out / "speed.json", machine, [asdict(result) for result in results])
 
 
 def _say_run(tokens: int, method: str, seconds: float) -> None:
@@ -210,7 +206,7 @@ def _memory(lengths: str, methods: str, threads: int, out: Path) -> None:
     from homer.bench.quality_run import parse_lengths
     from homer.bench.show import memory_table
 
-    machine = _machine()
+    machine = machine_facts()
     results = measure_memory(
         parse_lengths(lengths, BenchSize().window),
         methods.split(","),
@@ -220,9 +216,9 @@ def _memory(lengths: str, methods: str, threads: int, out: Path) -> None:
         ),
     )
     results.sort(key=lambda result: result.method)
-    _print(machine, memory_table(results))
+    print_table(machine, memory_table(results))
     values = [{**asdict(r), "above_bytes": r.above_bytes} for r in results]
-    _save(out / "memory.json", machine, values)
+    save_results(out / "memory.json", machine, values)
 
 
 def _transport(megabytes: int, runs: int, out: Path) -> None:
@@ -230,7 +226,7 @@ def _transport(megabytes: int, runs: int, out: Path) -> None:
 
     from workers.bench import measure
 
-    machine = _machine()
+    machine = machine_facts()
     print(f"transport of {megabytes} MiB, {runs} runs", file=sys.stderr, flush=True)
     result = measure(megabytes, runs)
     table = Table(
@@ -244,8 +240,8 @@ def _transport(megabytes: int, runs: int, out: Path) -> None:
         f"{result.stream_gb_per_second:.2f} GB/s",
         f"{result.ratio:.2f}",
     )
-    _print(machine, table)
-    _save(out / "transport.json", machine, asdict(result))
+    print_table(machine, table)
+    save_results(out / "transport.json", machine, asdict(result))
 
 
 def _quality(task: Literal["passkey", "multikey"], options: QualityOptions) -> None:
@@ -279,7 +275,7 @@ def _quality(task: Literal["passkey", "multikey"], options: QualityOptions) -> N
         device=options.device,
         threads=options.threads,
     )
-    machine = _machine()
+    machine = machine_facts()
     file = options.out / f"{task}.jsonl"
     if options.fresh:
         file.unlink(missing_ok=True)
@@ -288,8 +284,8 @@ def _quality(task: Literal["passkey", "multikey"], options: QualityOptions) -> N
         cells = measure_quality(
             run, results, jobs=options.jobs or len(os.sched_getaffinity(0)), on_record=on_record
         )
-    _print(machine, quality_table(run, cells))
-    _save(options.out / f"{task}.json", machine, as_json(run, cells))
+    print_table(machine, quality_table(run, cells))
+    save_results(options.out / f"{task}.json", machine, as_json(run, cells))
     if can_plot():
         plot_quality(run, cells, options.out / f"{task}.png")
         print(f"plot: {options.out / f'{task}.png'}", file=sys.stderr)
@@ -341,30 +337,3 @@ def _work(method: Method, length: int) -> float:
     if method.kind == "truncation":
         return 200.0
     return length * (1 + length / 4096) if method.is_full_attention else length
-
-
-def _machine() -> dict[str, Any]:
-    from homer.bench.machine import Machine
-
-    machine = Machine.here()
-    return {"machine": str(machine), **asdict(machine)}
-
-
-def _print(machine: dict[str, Any], table: Any) -> None:
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print()
-    console.print(f"$ {_command()}", highlight=False, markup=False, soft_wrap=True)
-    console.print(machine["machine"], highlight=False, markup=False, soft_wrap=True)
-    console.print(table)
-
-
-def _save(path: Path, machine: dict[str, Any], results: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"command": _command(), "machine": machine, "results": results}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _command() -> str:
-    return " ".join(["homer", *sys.argv[1:]])

@@ -12,7 +12,8 @@ from cluster.cli import app
 from homer.errors import ConfigError
 from tests.homer.bench.demo_llama import save_demo_llama
 
-COMMANDS = ("speed", "memory", "transport", "passkey", "multikey", "all")
+COMMANDS = "speed memory transport passkey multikey scaling overhead wire worker-memory all".split()
+COMMANDS += ["costs", "simulate"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,223 @@
+"""One and more workers on the same machine: time to the first token, beside what the tree allows.
+
+Worker processes and gRPC as in a service; the scheduler runs in this process. Runs of different
+numbers of workers take turns, and are compared within a round. Knows nothing about answers: weights
+and prompts are random.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from cluster.bench.ideal import TreeTime
+from cluster.bench.local_workers import LocalWorker, connected, local_workers
+from cluster.job import CacheReady, Job, JobProgress, JobSummary, Sampling, TokenOut, WorkerClient
+from cluster.scheduler import Scheduler
+from homer.bench.bench_model import BenchSize, random_prompt
+from homer.plan import MergePlan, NodeId
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobTimes:
+    """One job as it was seen from outside, and its nodes as the workers timed them.
+
+    Seconds; `first_token` and `total` count from submission.
+    """
+
+    workers: int
+    first_token: float
+    total: float
+    node_seconds: dict[NodeId, float]
+    node_workers: dict[NodeId, str]
+    gather: float
+    refresh: float
+    moved_bytes: int
+    # Processor time of this process, which schedules, during the job.
+    scheduler_cpu: float
+    # How long threads of the workers were ready to run and had no core, in all.
+    waited: float
+    events: int
+    tokens: int
+
+    @property
+    def compute(self) -> float:
+        """Seconds that the workers spent on nodes and on the refreshed suffix, in all."""
+        return sum(self.node_seconds.values()) + self.refresh
+
+
+def make_job(
+    tokens: int, size: BenchSize, *, seed: int = 0, new_tokens: int = 1, chunk: int | None = None
+) -> Job:
+    """A job of `tokens` random prompt tokens for the bench model, in chunks of `chunk` tokens."""
+    prefix, context, suffix = (part.tolist() for part in random_prompt(tokens, size.vocab, seed))
+    config = size.config.replace(max_chunk_len=chunk, target_len=chunk) if chunk else size.config
+    plan = MergePlan.build(len(prefix), len(context), len(suffix), size.layers, config)
+    sampling = Sampling(max_new_tokens=new_tokens, ignore_eos=True)
+    return Job(f"bench-{uuid.uuid4().hex}", plan, prefix, context, suffix, sampling)
+
+
+async def time_job(scheduler: Scheduler, job: Job, pids: Sequence[int] = ()) -> JobTimes:
+    """Run `job` to its end and note when what came; `pids` are the workers' processes."""
+    seconds: dict[NodeId, float] = {}
+    homes: dict[NodeId, str] = {}
+    cache: CacheReady | None = None
+    summary: JobSummary | None = None
+    first = 0.0
+    events = tokens = 0
+    waited = sum(map(seconds_without_core, pids))
+    cpu = time.process_time()
+    started = time.perf_counter()
+    async with aclosing(cast(Any, scheduler.run(job))) as stream:
+        async for event in stream:
+            events += 1
+            match event:
+                case JobProgress(done):
+                    seconds[done.node] = done.seconds
+                    homes[done.node] = event.worker
+                case CacheReady():
+                    cache = event
+                case TokenOut():
+                    tokens += 1
+                    first = first or time.perf_counter() - started
+                case JobSummary():
+                    summary = event
+    total = time.perf_counter() - started
+    if cache is None or summary is None:
+        raise RuntimeError("the job ended without an answer")
+    return JobTimes(
+        workers=len(scheduler.workers),
+        first_token=first,
+        total=total,
+        node_seconds=seconds,
+        node_workers=homes,
+        gather=cache.gather_seconds,
+        refresh=cache.refresh_seconds,
+        moved_bytes=summary.moved_bytes,
+        scheduler_cpu=time.process_time() - cpu,
+        waited=sum(map(seconds_without_core, pids)) - waited,
+        events=events,
+        tokens=tokens,
+    )
+
+
+def seconds_without_core(pid: int) -> float:
+    """How long the threads of a process were ready to run but did not, so far (Linux)."""
+    waited = 0.0
+    for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        try:
+            waited += int(file.read_text(encoding="ascii").split()[1]) / 1e9
+        except OSError:
+            continue  # The thread has just ended.
+    return waited
+
+
+@dataclass(frozen=True)
+class ScalingRow:
+    """All rounds of one length and one number of workers."""
+
+    tokens: int
+    workers: int
+    runs: tuple[JobTimes, ...]
+    # The runs of one worker in the same rounds.
+    alone: tuple[JobTimes, ...]
+    ideal_speedup: float
+
+    @property
+    def seconds(self) -> float:
+        """Median time to the first token."""
+        return statistics.median(run.first_token for run in self.runs)
+
+    @property
+    def speedup(self) -> float:
+        """Median over the rounds of one worker's time over this one's."""
+        return statistics.median(
+            one.first_token / run.first_token
+            for one, run in zip(self.alone, self.runs, strict=True)
+        )
+
+    @property
+    def slowdown(self) -> float:
+        """How much longer the same nodes took than on one worker: what the machine takes back."""
+        return statistics.median(
+            run.compute / one.compute for one, run in zip(self.alone, self.runs, strict=True)
+        )
+
+    @property
+    def event_seconds(self) -> float:
+        """Processor time of the scheduler's process for each event: median."""
+        return statistics.median(run.scheduler_cpu / run.events for run in self.runs)
+
+    @property
+    def waited(self) -> float:
+        """The median part of the time in which a worker had to wait for a core."""
+        return statistics.median(run.waited / run.workers / run.first_token for run in self.runs)
+
+    @property
+    def efficiency(self) -> float:
+        """The speed-up's part of the ideal one."""
+        return self.speedup / self.ideal_speedup
+
+
+def measure_scaling(
+    model: Path,
+    size: BenchSize,
+    lengths: Sequence[int],
+    workers: Sequence[int] = (1, 2),
+    *,
+    runs: int = 3,
+    threads: int = 1,
+    on_run: Callable[[int, JobTimes], None] | None = None,
+) -> list[ScalingRow]:
+    """Time each length on each number of workers, `runs` times in turn.
+
+    `model` is the folder of the bench model of `size`. `workers` must begin with 1, with which the
+    others are compared.
+    """
+    with local_workers(model, max(workers), threads=threads) as started:
+        return asyncio.run(_measure(started, lengths, workers, runs, size, on_run))
+
+
+async def _measure(
+    started: Sequence[LocalWorker],
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    runs: int,
+    size: BenchSize,
+    on_run: Callable[[int, JobTimes], None] | None,
+) -> list[ScalingRow]:
+    rows = []
+    async with connected(started) as clients:
+        await _warm_up(clients, size)
+        for tokens in lengths:
+            times: dict[int, list[JobTimes]] = {count: [] for count in counts}
+            for turn in range(runs):
+                for count in counts:
+                    job = make_job(tokens, size, seed=turn)
+                    scheduler, pids = Scheduler(clients[:count]), [w.pid for w in started[:count]]
+                    times[count].append(await time_job(scheduler, job, pids))
+                    if on_run is not None:
+                        on_run(tokens, times[count][-1])
+            plan = make_job(tokens, size).plan
+            for count in counts:
+                ideal = statistics.median(
+                    TreeTime.of(plan, one.node_seconds, count, one.refresh).ideal_speedup
+                    for one in times[counts[0]]
+                )
+                alone = tuple(times[counts[0]])
+                rows.append(ScalingRow(tokens, count, tuple(times[count]), alone, ideal))
+    return rows
+
+
+async def _warm_up(clients: Sequence[WorkerClient], size: BenchSize) -> None:
+    """Every worker runs leaves, merges and an answer once."""
+    for client in clients:
+        await time_job(Scheduler([client]), make_job(6 * size.chunk, size, new_tokens=4))
+    await time_job(Scheduler(clients), make_job(8 * size.chunk, size, new_tokens=4))
