@@ -27,6 +27,10 @@ class TensorLimitError(TensorStreamError):
     """A tensor stream announces more than its receiver accepts."""
 
 
+class DamagedStreamError(TensorStreamError):
+    """A tensor stream was damaged or cut short on its way: it may be asked for again."""
+
+
 class UnknownStateError(HomerError, LookupError):
     """The worker holds nothing for this request or node."""
 
@@ -54,6 +58,10 @@ class PeerError(HomerError):
         super().__init__(message)
         self.code = code
         self.address = address
+
+
+class BrokenStreamError(PeerError):
+    """A peer stopped in the middle of a tensor stream: it may be asked for again."""
 
 
 _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (

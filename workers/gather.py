@@ -1,7 +1,8 @@
 """The rows of the final cache on their way from other workers, layer by layer.
 
 The event loop pulls from all peers at once; the compute thread asks for one layer after the other
-and waits only for rows that have not come yet. Knows nothing about what the rows are used for.
+and waits only for rows that have not come yet. Where it is slow, what waits for it is bounded, and
+the peers have to wait. Knows nothing about what the rows are used for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from workers.peer import PeerPool
 from workers.tensor_stream import Limits
 from workers.wire import LayerRows, gather_check
 
+# Rows that may wait for the compute thread; of the layer that it waits for there may be any number.
+AHEAD_BYTES = 256 << 20
+
 
 class Gather:
     """Pulls the rows for `request` from every worker of `addresses`.
@@ -36,7 +40,13 @@ class Gather:
         addresses: Sequence[str],
         request: worker_pb2.GatherKvRequest,
         stack: LayerStack,
+        ahead_bytes: int = AHEAD_BYTES,
     ) -> None:
+        self._ahead_bytes = ahead_bytes
+        self._loop = asyncio.get_running_loop()
+        self._wanted_layer = -1
+        self._waiting_bytes = 0
+        self._room = asyncio.Event()
         self._peers = peers
         self._request = request
         self._stack = stack
@@ -67,12 +77,29 @@ class Gather:
 
         Each layer can be asked for once: nothing is kept.
         """
+        self._loop.call_soon_threadsafe(self._want, layer)
         out: list[KVRows] = []
         for futures in self._rows:
             future, futures[layer] = futures[layer], None
             if future is not None:
                 out.append(future.result())
+        self._loop.call_soon_threadsafe(self._took, sum(_nbytes(rows) for rows in out))
         return out
+
+    def _want(self, layer: int) -> None:
+        self._wanted_layer = layer
+        self._room.set()
+
+    def _took(self, taken_bytes: int) -> None:
+        self._waiting_bytes -= taken_bytes
+        self._room.set()
+
+    async def _wait_for_room(self, layer: int, rows_bytes: int) -> None:
+        """Wait until rows may wait for the compute thread beside those that do already."""
+        while layer > self._wanted_layer and self._waiting_bytes + rows_bytes > self._ahead_bytes:
+            self._room.clear()
+            await self._room.wait()
+        self._waiting_bytes += rows_bytes
 
     def _count(self, message_bytes: int) -> None:
         self.received_bytes += message_bytes
@@ -84,8 +111,9 @@ class Gather:
             total_bytes=stack.num_layers * max_rows * (row_bytes + torch.int32.itemsize),
             tensors=3 * stack.num_layers,
         )
-        layers = LayerRows(stack.device)
-        try:
+
+        async def attempt() -> None:
+            layers = LayerRows(stack.device)
             check = gather_check(stack, max_rows)
             pulling = self._peers.pull(
                 address, "GatherKv", self._request, limits, check, on_received=self._count
@@ -93,11 +121,12 @@ class Gather:
             async with aclosing(pulling) as pulled:
                 async for named in pulled:
                     complete = layers.take(named)
-                    if complete is not None:
-                        layer, rows = complete
-                        # Rows that were handed over are not held on to.
-                        future, waiting[layer] = waiting[layer], None
-                        _settle(future, rows=rows)
+                    # An attempt before this one may have brought the layer.
+                    if complete is not None and waiting[complete[0]] is not None:
+                        await self._hand_over(*complete, waiting)
+
+        try:
+            await self._peers.retried(attempt)
             error: BaseException = TensorStreamError(f"worker {address} left layers out")
         except asyncio.CancelledError:
             error = Cancelled("the gather was stopped")
@@ -108,6 +137,18 @@ class Gather:
             self.ended = time.perf_counter()
             for future in waiting:
                 _settle(future, error=error)
+
+    async def _hand_over(
+        self, layer: int, rows: KVRows, waiting: list[Future[KVRows] | None]
+    ) -> None:
+        await self._wait_for_room(layer, _nbytes(rows))
+        # Rows that were handed over are not held on to.
+        future, waiting[layer] = waiting[layer], None
+        _settle(future, rows=rows)
+
+
+def _nbytes(rows: KVRows) -> int:
+    return sum(tensor.nbytes for tensor in (rows.keys, rows.values))
 
 
 def _settle(

@@ -1,4 +1,4 @@
-"""Channels to other workers, and what is pulled from them.
+"""Channels to other workers, what is pulled from them, and how what they pull is sent.
 
 Knows nothing about models or trees.
 """
@@ -6,16 +6,38 @@ Knows nothing about models or trees.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import grpc
+import torch
 
-from workers.errors import PeerError
-from workers.tensor_stream import Limits, NamedTensor, Spec, StreamReader, decode_frame
+from homer.v1 import tensor_pb2
+from workers.carrier import Inlet, MessageInlet, MessageOutlet, Outlet
+from workers.errors import BrokenStreamError, DamagedStreamError, PeerError
+from workers.frames import SMALL_BYTES, Packed, Piece
+from workers.shared_ring import RingInlet, can_share, open_ring
+from workers.tensor_stream import Limits, NamedTensor, Spec, StreamReader, encode_stream
 from workers.transport import CHANNEL_OPTIONS, tensor_call
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+STALL_SECONDS = 30.0
+# How often a stream is asked for that was damaged or broke off.
+ATTEMPTS = 3
+_RECEIVE_THREADS = 4
+
+
+@dataclass
+class _Peer:
+    channel: grpc.aio.Channel
+    # Until it answers an offer of shared memory with messages.
+    shares_memory: bool = field(default_factory=can_share)
 
 
 class PeerPool:
@@ -24,20 +46,29 @@ class PeerPool:
     Parameters
     ----------
     on_received : callable
-        Told the size in bytes of each message of every tensor stream.
+        Told the bytes that each message of every tensor stream brought across, in it or beside it.
     on_transfer : callable, optional
         Told of every tensor stream that is over, well or not: the peer's address, the transport,
         the bytes received and the seconds since it was asked for.
+    stall_seconds : float
+        How long a peer may send nothing while it is waited for.
+    share_memory : bool
+        Use shared memory with peers on this machine.
     """
 
     def __init__(
         self,
         on_received: Callable[[int], None],
         on_transfer: Callable[[str, str, int, float], None] | None = None,
+        stall_seconds: float = STALL_SECONDS,
+        share_memory: bool = True,
     ) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._peers: dict[str, _Peer] = {}
         self._on_received = on_received
         self._on_transfer = on_transfer
+        self._stall_seconds = stall_seconds
+        self._share_memory = share_memory
+        self._threads = ThreadPoolExecutor(_RECEIVE_THREADS, thread_name_prefix="homer-receive")
 
     async def pull(
         self,
@@ -50,62 +81,160 @@ class PeerPool:
     ) -> AsyncGenerator[NamedTensor, None]:
         """Call a tensor stream of the worker at `address`; yields tensors as they are complete.
 
-        `on_received` is told the size in bytes of each message of this stream.
+        While what came is copied in another thread, the next message is waited for; while nobody
+        asks for the next tensor, nothing is read, and the peer has to wait.
+        `on_received` is told the bytes that each message of this stream brought across.
 
         Raises
         ------
         PeerError
             When the peer cannot be reached or refuses.
+        BrokenStreamError
+            When it began to answer, and then stopped or was cut off.
+        DamagedStreamError
+            When what came is damaged.
         TensorStreamError
-            When the stream is damaged or not what `check` and `limits` accept.
+            When the stream is not what `check` and `limits` accept.
         """
-        reader = StreamReader(limits, check)
+        peer = self._peer(address)
+        inlet = self._inlet(peer)
         started, received = time.perf_counter(), 0
-        call = tensor_call(self._channel(address), method, request)
+        asked = type(request)()
+        asked.CopyFrom(request)
+        inlet.offer(asked.transfer)
+        reader = StreamReader(limits, check)
+        call = tensor_call(peer.channel, method, asked)
+        loop = asyncio.get_running_loop()
+        feeding: asyncio.Future[list[NamedTensor]] | None = None
         try:
-            async for message in call:
-                received += len(message)
-                self._on_received(len(message))
-                if on_received is not None:
-                    on_received(len(message))
-                for named in reader.feed(decode_frame(message)):
+            while True:
+                message = await self._read(call, address, method, begun=received > 0)
+                ready = await feeding if feeding is not None else []
+                feeding = None
+                for named in ready:
                     yield named
+                if message is None:
+                    break
+                opened = inlet.open(message)
+                received += opened.crossing_bytes
+                self._on_received(opened.crossing_bytes)
+                if on_received is not None:
+                    on_received(opened.crossing_bytes)
+                if opened.crossing_bytes > SMALL_BYTES:
+                    feeding = loop.run_in_executor(
+                        self._threads, _feed, reader, inlet, opened.frame
+                    )
+                else:
+                    for named in _feed(reader, inlet, opened.frame):
+                        yield named
+            reader.finish()
+        finally:
+            call.cancel()
+            if feeding is not None:
+                feeding.cancel()
+            inlet.close()
+            peer.shares_memory = peer.shares_memory and inlet.shares_memory is not False
+            if self._on_transfer is not None:
+                self._on_transfer(address, inlet.name, received, time.perf_counter() - started)
+
+    async def retried(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """What `attempt` returns; it is made again, a few times, when a stream broke.
+
+        Raises
+        ------
+        HomerError
+            What the last attempt met.
+        """
+        for number in range(1, ATTEMPTS + 1):
+            try:
+                return await attempt()
+            except (BrokenStreamError, DamagedStreamError) as error:
+                if number == ATTEMPTS:
+                    raise
+                _log.warning("attempt %d of %d to get tensors: %s", number, ATTEMPTS, error)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def close(self) -> None:
+        """Close all channels."""
+        peers, self._peers = list(self._peers.values()), {}
+        for peer in peers:
+            await peer.channel.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _read(self, call: Any, address: str, method: str, begun: bool) -> bytes | None:
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                message = await call.read()
+        except TimeoutError as error:
+            raise BrokenStreamError(
+                f"worker {address} sent nothing of {method} for {self._stall_seconds:g} s: "
+                "it hangs, or the network does",
+                grpc.StatusCode.UNAVAILABLE,
+                address,
+            ) from error
         except grpc.aio.AioRpcError as error:
             code = error.code()
             if code is grpc.StatusCode.CANCELLED:
                 code = grpc.StatusCode.UNAVAILABLE
-            raise PeerError(
+            broke = begun and code is grpc.StatusCode.UNAVAILABLE
+            raise (BrokenStreamError if broke else PeerError)(
                 f"worker {address} did not answer {method}: {error.details()}", code, address
             ) from error
-        finally:
-            call.cancel()
-            if self._on_transfer is not None:
-                self._on_transfer(address, "grpc", received, time.perf_counter() - started)
-        reader.finish()
+        return None if message is grpc.aio.EOF else message
 
-    async def close(self) -> None:
-        """Close all channels."""
-        channels, self._channels = list(self._channels.values()), {}
-        for channel in channels:
-            await channel.close()
+    def _peer(self, address: str) -> _Peer:
+        if address not in self._peers:
+            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            self._peers[address] = _Peer(channel)
+        return self._peers[address]
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        return self._channels[address]
+    def _inlet(self, peer: _Peer) -> Inlet:
+        if self._share_memory and peer.shares_memory:
+            try:
+                return RingInlet()
+            except OSError as error:
+                _log.warning("no shared memory for a transfer, so messages carry it: %s", error)
+        return MessageInlet()
 
 
-async def send_frames(
-    frames: Iterable[bytes], executor: Executor, on_sent: Callable[[int], None]
-) -> AsyncIterator[bytes]:
-    """Frames of `encode_stream`, made on `executor` one ahead of what is being sent.
+def _feed(
+    reader: StreamReader, inlet: Inlet, frame: Piece | tensor_pb2.TensorFrame
+) -> list[NamedTensor]:
+    ready = reader.feed(frame)
+    inlet.taken()
+    return ready
 
-    Keeps copies, also those from an accelerator, away from the event loop.
+
+def choose_outlet(options: tensor_pb2.TransferOptions) -> Outlet:
+    """How to send to a receiver: through its shared memory where that can be, else in messages."""
+    ring = open_ring(options.shared_ring) if options.HasField("shared_ring") else None
+    return ring if ring is not None else MessageOutlet()
+
+
+async def send_tensors(
+    specs: Sequence[Spec],
+    tensors: Iterable[torch.Tensor],
+    outlet: Outlet,
+    executor: Executor,
+    on_sent: Callable[[int], None],
+) -> AsyncGenerator[bytes, None]:
+    """The messages of a tensor stream, made on `executor` one ahead of what is being sent.
+
+    Keeps copies, also those from an accelerator, away from the event loop. The next piece is made
+    when the receiver has room for it.
     """
-    source: Iterator[bytes] = iter(frames)
+    source = encode_stream(specs, tensors, outlet.piece_bytes, outlet.pack)
     loop = asyncio.get_running_loop()
-    ahead = loop.run_in_executor(executor, next, source, b"")
-    while frame := await ahead:
-        ahead = loop.run_in_executor(executor, next, source, b"")
-        on_sent(len(frame))
-        yield frame
+
+    async def make() -> Packed | None:
+        await outlet.room()
+        return await loop.run_in_executor(executor, next, source, None)
+
+    ahead = asyncio.create_task(make())
+    try:
+        while (packed := await ahead) is not None:
+            ahead = asyncio.create_task(make())
+            on_sent(packed.crossing_bytes)
+            yield packed.message
+    finally:
+        ahead.cancel()

@@ -28,7 +28,7 @@ from workers.peer import PeerPool
 from workers.plan_wire import write_node
 from workers.spans import SubtreeSpans
 from workers.store import HeldRequest, copy_shards
-from workers.tensor_stream import Limits
+from workers.tensor_stream import Limits, NamedTensor
 from workers.tracing import Tracing
 from workers.wire import (
     FINISH_REASONS,
@@ -173,11 +173,14 @@ class Runner:
         def count(message_bytes: int) -> None:
             received[0] += message_bytes
 
-        pulling = self.peers.pull(
-            address, "FetchState", request, limits, must_equal(specs), on_received=count
-        )
-        async with aclosing(pulling) as pulled:
-            tensors = [named async for named in pulled]
+        async def fetch() -> list[NamedTensor]:
+            pulling = self.peers.pull(
+                address, "FetchState", request, limits, must_equal(specs), on_received=count
+            )
+            async with aclosing(pulling) as pulled:
+                return [named async for named in pulled]
+
+        tensors = await self.peers.retried(fetch)
         return read_state(child, tensors, stack.device)
 
     async def prune(self, held: HeldRequest, node_id: NodeId, kept: torch.Tensor) -> int:

@@ -10,7 +10,15 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Hashable,
+    Iterable,
+    Sequence,
+)
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -23,7 +31,7 @@ import homer
 from homer.encode import TreeEncoder
 from homer.errors import HomerError, PromptError, StateError
 from homer.plan import NodeId, PlanNode
-from homer.v1 import worker_pb2
+from homer.v1 import tensor_pb2, worker_pb2
 from workers.engine import Engine, LoadedModel
 from workers.errors import (
     NotReadyError,
@@ -35,11 +43,11 @@ from workers.errors import (
 from workers.jobs import Job
 from workers.memory import accelerator_bytes, resident_bytes
 from workers.metrics import WorkerMetrics
-from workers.peer import PeerPool, send_frames
+from workers.peer import PeerPool, choose_outlet, send_tensors
 from workers.plan_wire import read_node
 from workers.runs import Counters, Runner, check_children
 from workers.store import HeldRequest, Store
-from workers.tensor_stream import Spec, encode_stream
+from workers.tensor_stream import Spec
 from workers.tracing import Tracing
 from workers.wire import gather_tensors, read_plan, read_sampling, state_tensors
 
@@ -160,9 +168,11 @@ class WorkerServicer:
         async with self._call(context):
             held = self._store.get(request.request_id)
             tensors = state_tensors(held.state(read_node(request.node)))
-            frames = encode_stream([Spec.of(t) for t in tensors], [t.tensor for t in tensors])
-            async for frame in send_frames(frames, self._engine.io, self._sent):
-                yield frame
+            specs = [Spec.of(named) for named in tensors]
+            sending = self._send(specs, [named.tensor for named in tensors], request.transfer)
+            async with aclosing(sending) as messages:
+                async for message in messages:
+                    yield message
 
     async def GatherKv(  # noqa: N802
         self, request: worker_pb2.GatherKvRequest, context: Context
@@ -172,9 +182,10 @@ class WorkerServicer:
             kept = self._indices(request.context_indices)
             shards = held.snapshot()
             specs, tensors = await self._engine.move(gather_tensors, shards, kept, self._stack)
-            frames = encode_stream(specs, tensors)
-            async for frame in send_frames(frames, self._engine.io, self._sent):
-                yield frame
+            sending = self._send(specs, tensors, request.transfer)
+            async with aclosing(sending) as messages:
+                async for message in messages:
+                    yield message
 
     async def Prune(  # noqa: N802
         self, request: worker_pb2.PruneRequest, context: Context
@@ -393,6 +404,14 @@ class WorkerServicer:
         freed = held.nbytes
         held.clear()
         return freed
+
+    def _send(
+        self,
+        specs: Sequence[Spec],
+        tensors: Iterable[torch.Tensor],
+        options: tensor_pb2.TransferOptions,
+    ) -> AsyncGenerator[bytes, None]:
+        return send_tensors(specs, tensors, choose_outlet(options), self._engine.io, self._sent)
 
     def _indices(self, indices: Sequence[int]) -> torch.Tensor:
         return torch.tensor(indices, dtype=torch.int64, device=self._stack.device)

@@ -1,9 +1,8 @@
-"""Tensors as a stream of frames: a typed header, raw little-endian data, a trailer with a checksum.
+"""Tensors as a stream of frames: a typed header, raw little-endian pieces of data, a trailer.
 
-The frames are `homer.v1.TensorFrame` on the wire. Data frames are written and read by hand, because
-generated code would copy every byte twice more; the bytes are the same. Nothing here unpickles, and
-a receiver checks everything that a header announces before it takes memory. Knows nothing about
-gRPC, and nothing about what the tensors mean.
+The frames are `homer.v1.TensorFrame` on the wire. Nothing here unpickles, and a receiver checks
+everything that a header announces before it takes memory, and every piece by its checksum. Knows
+nothing about gRPC, about how pieces get across, or what the tensors mean.
 """
 
 from __future__ import annotations
@@ -17,17 +16,16 @@ from typing import NamedTuple
 import numpy
 import torch
 import xxhash
-from google.protobuf.message import DecodeError
 
 from homer.v1 import tensor_pb2
-from workers.errors import TensorLimitError, TensorStreamError
+from workers.errors import DamagedStreamError, TensorLimitError, TensorStreamError
+from workers.frames import FRAME_BYTES, Packed, Piece, copy_bytes, pack_data, pack_frame
 
 if sys.byteorder != "little":
     raise ImportError(
         "workers.tensor_stream sends memory as it is and needs a little-endian machine"
     )
 
-FRAME_BYTES = 1 << 21
 MAX_RANK = 8
 MAX_SIZE = 1 << 40
 
@@ -36,10 +34,9 @@ _DTYPE_OF_WIRE = {
     tensor_pb2.DTYPE_FLOAT16: torch.float16,
     tensor_pb2.DTYPE_BFLOAT16: torch.bfloat16,
     tensor_pb2.DTYPE_INT32: torch.int32,
+    tensor_pb2.DTYPE_FLOAT8_E4M3: torch.float8_e4m3fn,
 }
 _WIRE_OF_DTYPE = {dtype: wire for wire, dtype in _DTYPE_OF_WIRE.items()}
-# Field 2 of TensorFrame, wire type 2 (length-delimited).
-_DATA_TAG = 0x12
 
 
 class NamedTensor(NamedTuple):
@@ -79,11 +76,12 @@ def encode_stream(
     specs: Sequence[Spec],
     tensors: Iterable[torch.Tensor],
     frame_bytes: int = FRAME_BYTES,
-) -> Iterator[bytes]:
+    pack: Callable[[Sequence[memoryview], int], Packed] = pack_data,
+) -> Iterator[Packed]:
     """Frames of a stream, each ready to be sent as one message.
 
     `tensors` is consumed as frames are taken, so that a tensor may be made, or copied from an
-    accelerator, when its turn comes.
+    accelerator, when its turn comes. `pack` brings pieces of data across.
 
     Raises
     ------
@@ -96,10 +94,10 @@ def encode_stream(
         if wire is None:
             raise TensorStreamError(f"tensor {spec.name!r} has type {spec.dtype}: cannot be sent")
         header.tensors.add(name=spec.name, dtype=wire, shape=spec.shape)
-    yield tensor_pb2.TensorFrame(header=header).SerializeToString()
+    yield pack_frame(tensor_pb2.TensorFrame(header=header))
 
-    checksum = xxhash.xxh3_64(header.SerializeToString())
-    pieces: list[memoryview] = []
+    last = _header_checksum(header)
+    parts: list[memoryview] = []
     held = 0
     for spec, tensor in zip(specs, tensors, strict=True):
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
@@ -109,18 +107,18 @@ def encode_stream(
             )
         view = tensor_bytes(tensor)
         while view:
-            piece = view[: frame_bytes - held]
-            view = view[len(piece) :]
-            checksum.update(piece)
-            pieces.append(piece)
-            held += len(piece)
+            part = view[: frame_bytes - held]
+            view = view[len(part) :]
+            parts.append(part)
+            held += len(part)
             if held == frame_bytes:
-                yield encode_data(pieces)
-                pieces, held = [], 0
+                last = _checksum(parts, last)
+                yield pack(parts, last)
+                parts, held = [], 0
     if held:
-        yield encode_data(pieces)
-    trailer = tensor_pb2.TensorTrailer(checksum=checksum.intdigest())
-    yield tensor_pb2.TensorFrame(trailer=trailer).SerializeToString()
+        last = _checksum(parts, last)
+        yield pack(parts, last)
+    yield pack_frame(tensor_pb2.TensorFrame(trailer=tensor_pb2.TensorTrailer(checksum=last)))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -129,48 +127,15 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def encode_data(pieces: Sequence[memoryview]) -> bytes:
-    """A data frame as protobuf would write it, in one copy."""
-    length = sum(len(piece) for piece in pieces)
-    head = bytearray((_DATA_TAG,))
-    while length > 0x7F:
-        head.append(length & 0x7F | 0x80)
-        length >>= 7
-    head.append(length)
-    return b"".join((head, *pieces))
+def _header_checksum(header: tensor_pb2.TensorHeader) -> int:
+    return xxhash.xxh3_64_intdigest(header.SerializeToString())
 
 
-def decode_frame(message: bytes) -> memoryview | tensor_pb2.TensorFrame:
-    """A data frame's bytes, not copied; any other frame as the generated message.
-
-    Raises
-    ------
-    TensorStreamError
-        When the message is not a TensorFrame.
-    """
-    start = _data_start(message)
-    if start:
-        return memoryview(message)[start:]
-    try:
-        frame = tensor_pb2.TensorFrame.FromString(message)
-    except DecodeError as error:
-        raise TensorStreamError(
-            "a frame of a tensor stream cannot be read: it is damaged"
-        ) from error
-    return memoryview(frame.data) if frame.WhichOneof("frame") == "data" else frame
-
-
-def _data_start(message: bytes) -> int:
-    """Where the data begins in a message that is one data field and nothing else; otherwise 0."""
-    if len(message) < 2 or message[0] != _DATA_TAG:
-        return 0
-    length = 0
-    for position in range(1, min(len(message), 6)):
-        byte = message[position]
-        length |= (byte & 0x7F) << 7 * (position - 1)
-        if byte < 0x80:
-            return position + 1 if length == len(message) - position - 1 else 0
-    return 0
+def _checksum(parts: Iterable[memoryview], seed: int) -> int:
+    checksum = xxhash.xxh3_64(seed=seed)
+    for part in parts:
+        checksum.update(part)
+    return checksum.intdigest()
 
 
 class StreamReader:
@@ -183,8 +148,8 @@ class StreamReader:
     check : callable, optional
         Called with the announced specs before memory is taken; raises what it thinks of them.
 
-    `feed` returns the tensors that a frame completed. The last tensor is held back until the
-    checksum agrees, so that whoever waits for all of them never goes on with damaged data.
+    `feed` returns the tensors that a frame completed: what they hold agrees with the checksums.
+    Memory for a tensor is taken when its turn comes.
     """
 
     def __init__(
@@ -193,27 +158,35 @@ class StreamReader:
         self._limits = limits
         self._check = check
         self._specs: list[Spec] | None = None
-        self._tensors: list[torch.Tensor | None] = []
+        # The tensor that is being filled, its bytes, and how many of them are there.
+        self._tensor = torch.empty(0)
         self._view = memoryview(b"")
-        self._current = 0
         self._filled = 0
-        self._released = 0
-        self._checksum = xxhash.xxh3_64()
+        self._ready: list[NamedTensor] = []
+        self._number = 0
+        self._last = 0
         self._done = False
 
-    def feed(self, frame: memoryview | tensor_pb2.TensorFrame) -> list[NamedTensor]:
+    @property
+    def done(self) -> bool:
+        """Whether the stream is complete."""
+        return self._done
+
+    def feed(self, frame: Piece | tensor_pb2.TensorFrame) -> list[NamedTensor]:
         """Take the next frame; returns the tensors that can be used from now on.
 
         Raises
         ------
         TensorLimitError
             When the header announces more than the limits.
-        TensorStreamError
+        DamagedStreamError
             When frames are out of order, damaged, or do not add up.
+        TensorStreamError
+            When the header announces what makes no sense.
         """
         if self._done:
-            raise TensorStreamError("a frame came after the end of a tensor stream")
-        if isinstance(frame, memoryview):
+            raise DamagedStreamError("a frame came after the end of a tensor stream")
+        if isinstance(frame, Piece):
             self._fill(frame)
         else:
             kind = frame.WhichOneof("frame")
@@ -222,21 +195,23 @@ class StreamReader:
             elif kind == "trailer" and self._specs is not None:
                 self._close(frame.trailer)
             else:
-                raise TensorStreamError(
+                raise DamagedStreamError(
                     f"a tensor stream has a {kind or 'empty'} frame out of place"
                 )
-        return self._release()
+        # Whoever takes the tensors owns them: a reader that goes on must not keep them alive.
+        ready, self._ready = self._ready, []
+        return ready
 
     def finish(self) -> None:
         """Say that no more frames come.
 
         Raises
         ------
-        TensorStreamError
+        DamagedStreamError
             When the stream ended before its trailer.
         """
         if not self._done:
-            raise TensorStreamError("a tensor stream ended before its trailer: it was cut short")
+            raise DamagedStreamError("a tensor stream ended before its trailer: it was cut short")
 
     def _open(self, header: tensor_pb2.TensorHeader) -> None:
         if len(header.tensors) > self._limits.tensors:
@@ -258,57 +233,62 @@ class StreamReader:
             )
         if self._check is not None:
             self._check(specs)
-        self._checksum.update(header.SerializeToString())
+        self._last = _header_checksum(header)
         self._specs = specs
-        self._tensors = [_allocate(spec) for spec in specs]
-        self._begin(0)
+        self._begin()
 
-    def _begin(self, number: int) -> None:
-        """Go on with the first tensor from `number` on that has bytes to fill."""
-        while number < len(self._tensors):
-            tensor = self._tensors[number]
-            if tensor is not None and tensor.numel():
-                self._view = tensor_bytes(tensor)
-                break
-            number += 1
-        self._current, self._filled = number, 0
+    def _begin(self) -> None:
+        """Go on with the next tensor that has bytes to fill; those without are there already."""
+        specs = self._specs or []
+        while self._number < len(specs):
+            self._tensor = _allocate(specs[self._number])
+            if self._tensor.numel():
+                self._view, self._filled = tensor_bytes(self._tensor), 0
+                return
+            self._complete()
 
-    def _fill(self, data: memoryview) -> None:
+    def _complete(self) -> None:
+        """The tensor that was being filled is whole."""
+        if self._specs is not None:
+            self._ready.append(NamedTensor(self._specs[self._number].name, self._tensor))
+        self._tensor, self._view = torch.empty(0), memoryview(b"")
+        self._number += 1
+
+    def _fill(self, piece: Piece) -> None:
         if self._specs is None:
-            raise TensorStreamError("a tensor stream begins with data instead of a header")
-        self._checksum.update(data)
+            raise DamagedStreamError("a tensor stream begins with data instead of a header")
+        data = piece.data
+        checksum = xxhash.xxh3_64(seed=self._last)
         while data:
-            if self._current == len(self._tensors):
-                raise TensorStreamError("a tensor stream brings more data than it announced")
+            if self._number == len(self._specs):
+                raise DamagedStreamError("a tensor stream brings more data than it announced")
             count = min(len(data), len(self._view) - self._filled)
-            self._view[self._filled : self._filled + count] = data[:count]
+            target = self._view[self._filled : self._filled + count]
+            copy_bytes(target, data[:count])
+            # Of what arrived: nobody else can write there any more.
+            checksum.update(target)
             self._filled += count
             data = data[count:]
             if self._filled == len(self._view):
-                self._begin(self._current + 1)
+                self._complete()
+                self._begin()
+        self._last = checksum.intdigest()
+        if self._last != piece.checksum:
+            raise DamagedStreamError(
+                "the checksum of a tensor stream does not agree: it was damaged on the way"
+            )
 
     def _close(self, trailer: tensor_pb2.TensorTrailer) -> None:
-        if self._current < len(self._tensors):
-            raise TensorStreamError(
-                f"a tensor stream ended after {self._current} of {len(self._tensors)} tensors"
+        specs = self._specs or []
+        if self._number < len(specs):
+            raise DamagedStreamError(
+                f"a tensor stream ended after {self._number} of {len(specs)} tensors"
             )
-        if self._checksum.intdigest() != trailer.checksum:
-            raise TensorStreamError(
+        if self._last != trailer.checksum:
+            raise DamagedStreamError(
                 "the checksum of a tensor stream does not agree: it was damaged on the way"
             )
         self._done = True
-
-    def _release(self) -> list[NamedTensor]:
-        ready = self._current if self._done else min(self._current, len(self._tensors) - 1)
-        out: list[NamedTensor] = []
-        while self._specs is not None and self._released < ready:
-            tensor = self._tensors[self._released]
-            if tensor is not None:
-                out.append(NamedTensor(self._specs[self._released].name, tensor))
-            # Whoever takes the tensor owns it: a reader that goes on must not keep it alive.
-            self._tensors[self._released] = None
-            self._released += 1
-        return out
 
 
 def _allocate(spec: Spec) -> torch.Tensor:

@@ -24,21 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15homer/v1/tensor.proto\x12\x08homer.v1\"I\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x05\x64type\x18\x02 \x01(\x0e\x32\x0f.homer.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\"J\n\x0cTensorHeader\x12%\n\x07tensors\x18\x01 \x03(\x0b\x32\x14.homer.v1.TensorSpec\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"!\n\rTensorTrailer\x12\x10\n\x08\x63hecksum\x18\x01 \x01(\x06\"|\n\x0bTensorFrame\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.homer.v1.TensorHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12*\n\x07trailer\x18\x03 \x01(\x0b\x32\x17.homer.v1.TensorTrailerH\x00\x42\x07\n\x05\x66rame*i\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x0f\n\x0b\x44TYPE_INT32\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15homer/v1/tensor.proto\x12\x08homer.v1\"I\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x05\x64type\x18\x02 \x01(\x0e\x32\x0f.homer.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\"J\n\x0cTensorHeader\x12%\n\x07tensors\x18\x01 \x03(\x0b\x32\x14.homer.v1.TensorSpec\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"\x1c\n\x0bSharedPiece\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\"!\n\rTensorTrailer\x12\x10\n\x08\x63hecksum\x18\x01 \x01(\x06\"\xc9\x01\n\x0bTensorFrame\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.homer.v1.TensorHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12*\n\x07trailer\x18\x03 \x01(\x0b\x32\x17.homer.v1.TensorTrailerH\x00\x12\'\n\x06shared\x18\x04 \x01(\x0b\x32\x15.homer.v1.SharedPieceH\x00\x12\x15\n\x08\x63hecksum\x18\x05 \x01(\x06H\x01\x88\x01\x01\x42\x07\n\x05\x66rameB\x0b\n\t_checksum\"f\n\nSharedRing\x12\x12\n\nprocess_id\x18\x01 \x01(\r\x12\x12\n\ndescriptor\x18\x02 \x01(\r\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x12\n\nslot_bytes\x18\x04 \x01(\x04\x12\r\n\x05nonce\x18\x05 \x01(\x0c\"a\n\x0fTransferOptions\x12#\n\nwire_dtype\x18\x01 \x01(\x0e\x32\x0f.homer.v1.DType\x12)\n\x0bshared_ring\x18\x02 \x01(\x0b\x32\x14.homer.v1.SharedRing*\x80\x01\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x0f\n\x0b\x44TYPE_INT32\x10\x04\x12\x15\n\x11\x44TYPE_FLOAT8_E4M3\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'homer.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=347
-  _globals['_DTYPE']._serialized_end=452
+  _globals['_DTYPE']._serialized_start=659
+  _globals['_DTYPE']._serialized_end=787
   _globals['_TENSORSPEC']._serialized_start=35
   _globals['_TENSORSPEC']._serialized_end=108
   _globals['_TENSORHEADER']._serialized_start=110
   _globals['_TENSORHEADER']._serialized_end=184
-  _globals['_TENSORTRAILER']._serialized_start=186
-  _globals['_TENSORTRAILER']._serialized_end=219
-  _globals['_TENSORFRAME']._serialized_start=221
-  _globals['_TENSORFRAME']._serialized_end=345
+  _globals['_SHAREDPIECE']._serialized_start=186
+  _globals['_SHAREDPIECE']._serialized_end=214
+  _globals['_TENSORTRAILER']._serialized_start=216
+  _globals['_TENSORTRAILER']._serialized_end=249
+  _globals['_TENSORFRAME']._serialized_start=252
+  _globals['_TENSORFRAME']._serialized_end=453
+  _globals['_SHAREDRING']._serialized_start=455
+  _globals['_SHAREDRING']._serialized_end=557
+  _globals['_TRANSFEROPTIONS']._serialized_start=559
+  _globals['_TRANSFEROPTIONS']._serialized_end=656
 # @@protoc_insertion_point(module_scope)

@@ -14,11 +14,13 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_FLOAT16: _ClassVar[DType]
     DTYPE_BFLOAT16: _ClassVar[DType]
     DTYPE_INT32: _ClassVar[DType]
+    DTYPE_FLOAT8_E4M3: _ClassVar[DType]
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
 DTYPE_FLOAT16: DType
 DTYPE_BFLOAT16: DType
 DTYPE_INT32: DType
+DTYPE_FLOAT8_E4M3: DType
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape")
@@ -38,6 +40,12 @@ class TensorHeader(_message.Message):
     total_bytes: int
     def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
+class SharedPiece(_message.Message):
+    __slots__ = ("bytes",)
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    def __init__(self, bytes: _Optional[int] = ...) -> None: ...
+
 class TensorTrailer(_message.Message):
     __slots__ = ("checksum",)
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
@@ -45,11 +53,37 @@ class TensorTrailer(_message.Message):
     def __init__(self, checksum: _Optional[int] = ...) -> None: ...
 
 class TensorFrame(_message.Message):
-    __slots__ = ("header", "data", "trailer")
+    __slots__ = ("header", "data", "trailer", "shared", "checksum")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     TRAILER_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     header: TensorHeader
     data: bytes
     trailer: TensorTrailer
-    def __init__(self, header: _Optional[_Union[TensorHeader, _Mapping]] = ..., data: _Optional[bytes] = ..., trailer: _Optional[_Union[TensorTrailer, _Mapping]] = ...) -> None: ...
+    shared: SharedPiece
+    checksum: int
+    def __init__(self, header: _Optional[_Union[TensorHeader, _Mapping]] = ..., data: _Optional[bytes] = ..., trailer: _Optional[_Union[TensorTrailer, _Mapping]] = ..., shared: _Optional[_Union[SharedPiece, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
+
+class SharedRing(_message.Message):
+    __slots__ = ("process_id", "descriptor", "slots", "slot_bytes", "nonce")
+    PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    process_id: int
+    descriptor: int
+    slots: int
+    slot_bytes: int
+    nonce: bytes
+    def __init__(self, process_id: _Optional[int] = ..., descriptor: _Optional[int] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class TransferOptions(_message.Message):
+    __slots__ = ("wire_dtype", "shared_ring")
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHARED_RING_FIELD_NUMBER: _ClassVar[int]
+    wire_dtype: DType
+    shared_ring: SharedRing
+    def __init__(self, wire_dtype: _Optional[_Union[DType, str]] = ..., shared_ring: _Optional[_Union[SharedRing, _Mapping]] = ...) -> None: ...

@@ -124,26 +124,30 @@ class MergeResponse(_message.Message):
     def __init__(self, node: _Optional[_Union[NodeId, _Mapping]] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., transfer_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ..., context_indices: _Optional[_Iterable[int]] = ..., started_unix_seconds: _Optional[float] = ..., transfer_started_unix_seconds: _Optional[float] = ...) -> None: ...
 
 class FetchStateRequest(_message.Message):
-    __slots__ = ("request_id", "node", "attempt")
+    __slots__ = ("request_id", "node", "attempt", "transfer")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     node: NodeId
     attempt: int
-    def __init__(self, request_id: _Optional[str] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ...) -> None: ...
+    transfer: _tensor_pb2.TransferOptions
+    def __init__(self, request_id: _Optional[str] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., transfer: _Optional[_Union[_tensor_pb2.TransferOptions, _Mapping]] = ...) -> None: ...
 
 class GatherKvRequest(_message.Message):
-    __slots__ = ("request_id", "node", "attempt", "context_indices")
+    __slots__ = ("request_id", "node", "attempt", "context_indices", "transfer")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_INDICES_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     node: NodeId
     attempt: int
     context_indices: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., context_indices: _Optional[_Iterable[int]] = ...) -> None: ...
+    transfer: _tensor_pb2.TransferOptions
+    def __init__(self, request_id: _Optional[str] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., context_indices: _Optional[_Iterable[int]] = ..., transfer: _Optional[_Union[_tensor_pb2.TransferOptions, _Mapping]] = ...) -> None: ...
 
 class GenerateTokensRequest(_message.Message):
     __slots__ = ("request", "node", "attempt", "shard_addresses", "sampling", "resume_token_ids")

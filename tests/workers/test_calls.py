@@ -22,8 +22,9 @@ from tests.workers.processes import (
     release,
     run_below_root,
 )
+from workers.frames import decode_frame
 from workers.plan_wire import write_node
-from workers.tensor_stream import Limits, StreamReader, decode_frame
+from workers.tensor_stream import Limits, StreamReader
 
 _numbers = count()
 LEAF, PARENT = NodeId(0, 0), NodeId(1, 0)

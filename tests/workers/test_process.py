@@ -191,8 +191,14 @@ def test_a_dead_peer_is_noticed_soon(workers: list[WorkerProcess]) -> None:
     release(prompt, [merger])
 
 
-def test_the_transfer_bench_moves_everything_both_ways() -> None:
+def test_the_transfer_bench_moves_everything_each_way() -> None:
     speed = measure(megabytes=16, runs=1)
     assert (speed.megabytes, speed.runs) == (16, 1)
-    assert speed.raw_gb_per_second > 0
-    assert speed.ratio == speed.stream_gb_per_second / speed.raw_gb_per_second
+    assert [name for name, _, _ in speed.rows] == [
+        "raw TCP socket",
+        "memory copy",
+        "tensor stream, gRPC messages",
+        "tensor stream, shared memory",
+    ]
+    for _, gb_per_second, ratio in speed.rows:
+        assert ratio == gb_per_second / speed.raw_gb_per_second > 0

@@ -11,24 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homer.v1 import tensor_pb2
-from workers.errors import TensorLimitError, TensorStreamError
-from workers.tensor_stream import (
-    Limits,
-    NamedTensor,
-    Spec,
-    StreamReader,
-    decode_frame,
-    encode_data,
-    encode_stream,
-)
+from workers.errors import DamagedStreamError, TensorLimitError, TensorStreamError
+from workers.frames import Piece, decode_frame, encode_data
+from workers.tensor_stream import Limits, NamedTensor, Spec, StreamReader, encode_stream
 
-TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int32]
+TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.float8_e4m3fn]
 AMPLE = Limits(total_bytes=1 << 20, tensors=64)
 
 
 def frames_of(tensors: Sequence[torch.Tensor], frame_bytes: int = 1 << 20) -> list[bytes]:
     specs = [Spec(f"t{i}", t.dtype, tuple(t.shape)) for i, t in enumerate(tensors)]
-    return list(encode_stream(specs, tensors, frame_bytes))
+    return [packed.message for packed in encode_stream(specs, tensors, frame_bytes)]
 
 
 def read(frames: Iterable[bytes], limits: Limits = AMPLE) -> list[NamedTensor]:
@@ -100,12 +93,33 @@ def test_a_stream_cut_short_is_noticed(kept: int) -> None:
         read(frames[:kept])
 
 
-def test_the_last_tensor_waits_for_the_checksum() -> None:
-    frames = frames_of([torch.zeros(4), torch.ones(4)])
+def test_no_tensor_is_given_out_before_its_checksum_agrees() -> None:
+    frames = frames_of([torch.zeros(4), torch.ones(4), torch.zeros(4)], frame_bytes=16)
+    damaged = bytearray(frames[2])
+    damaged[5] ^= 1
     reader = StreamReader(AMPLE)
-    early = [named.name for frame in frames[:-1] for named in reader.feed(decode_frame(frame))]
+    early = [named.name for frame in frames[:2] for named in reader.feed(decode_frame(frame))]
     assert early == ["t0"]
-    assert [named.name for named in reader.feed(decode_frame(frames[-1]))] == ["t1"]
+    with pytest.raises(DamagedStreamError, match="checksum"):
+        reader.feed(decode_frame(bytes(damaged)))
+
+
+@given(st.data())
+def test_pieces_lost_or_swapped_are_noticed_at_once(data: st.DataObject) -> None:
+    # Every piece has the same bytes: only its place tells it from the others.
+    frames = frames_of([torch.zeros(64, dtype=torch.int32)], frame_bytes=32)
+    count = len(frames) - 2
+    first = data.draw(st.integers(1, count - 1))
+    second = data.draw(st.integers(first + 1, count))
+    if data.draw(st.booleans()):
+        del frames[first]
+    else:
+        frames[first], frames[second] = frames[second], frames[first]
+    reader = StreamReader(AMPLE)
+    for frame in frames[:first]:
+        reader.feed(decode_frame(frame))
+    with pytest.raises(DamagedStreamError, match="checksum"):
+        reader.feed(decode_frame(frames[first]))
 
 
 @pytest.mark.parametrize(
@@ -128,9 +142,9 @@ def test_a_header_is_refused_before_memory_is_taken(
     error: type[Exception],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    reader = StreamReader(limits)
     monkeypatch.setattr("workers.tensor_stream.numpy.empty", _no_memory)
     monkeypatch.setattr("workers.tensor_stream.torch.empty", _no_memory)
-    reader = StreamReader(limits)
     frame = decode_frame(header_frame(*specs, total_bytes=total_bytes))
     with pytest.raises(error):
         reader.feed(frame)
@@ -178,17 +192,16 @@ def test_a_tensor_that_is_not_what_was_announced_is_not_sent() -> None:
         list(encode_stream([Spec("x", torch.float64, (3,))], [torch.zeros(3)]))
 
 
-@given(st.binary(max_size=300), st.integers(1, 100))
-def test_our_data_frames_are_what_generated_code_writes(data: bytes, piece: int) -> None:
+@given(st.binary(max_size=300), st.integers(1, 100), st.integers(0, 2**64 - 1))
+def test_our_data_frames_are_what_generated_code_writes(
+    data: bytes, part: int, checksum: int
+) -> None:
     view = memoryview(data)
-    pieces = [view[at : at + piece] for at in range(0, len(view), piece)]
-    ours = encode_data(pieces)
-    theirs = tensor_pb2.TensorFrame(data=data).SerializeToString()
+    parts = [view[at : at + part] for at in range(0, len(view), part)]
+    ours = encode_data(parts, checksum)
+    theirs = tensor_pb2.TensorFrame(data=data, checksum=checksum).SerializeToString()
     assert ours == theirs
-    assert tensor_pb2.TensorFrame.FromString(ours).data == data
-    decoded = decode_frame(theirs)
-    assert isinstance(decoded, memoryview)
-    assert decoded == data
+    assert decode_frame(theirs) == Piece(view, checksum)
 
 
 @given(st.binary(max_size=60))
@@ -200,18 +213,18 @@ def test_any_bytes_are_read_as_generated_code_reads_them(message: bytes) -> None
             tensor_pb2.TensorFrame.FromString(message)
         return
     theirs = tensor_pb2.TensorFrame.FromString(message)
-    if isinstance(frame, memoryview):
+    if isinstance(frame, Piece):
         assert theirs.WhichOneof("frame") == "data"
-        assert frame == theirs.data
+        assert frame == Piece(memoryview(theirs.data), theirs.checksum)
     else:
         assert frame == theirs
 
 
 def test_a_large_data_frame_is_read_without_a_copy() -> None:
-    message = tensor_pb2.TensorFrame(data=bytes(3 << 20)).SerializeToString()
+    message = tensor_pb2.TensorFrame(data=bytes(3 << 20), checksum=7).SerializeToString()
     decoded = decode_frame(message)
-    assert isinstance(decoded, memoryview)
-    assert decoded.obj is message
+    assert isinstance(decoded, Piece)
+    assert decoded.data.obj is message
 
 
 def test_tensors_are_made_only_when_their_turn_comes() -> None:
