@@ -1,14 +1,15 @@
 """The attention function through which Homer drives transformers' own layers.
 
 Registered with transformers as `homer_<implementation>`. Outside a `LayerPass` it is that
-implementation. Inside one, set for the running thread only, the pass says what attention does: a
-`NodePass` attends causally by slot order, keeps the keys and values, and yields the last query's
-scores in the layer that prunes. Knows nothing about plans or trees.
+implementation. Inside one, set for the running thread only, the pass is the layers' cache and says
+what attention does: a `NodePass` attends causally by slot order, keeps the cache's rows, and yields
+the last query's scores for the layer that prunes. Knows nothing about plans or trees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -20,32 +21,117 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from homer.errors import ModelError
+from homer.families import Window
 from homer.state import LayerKV
 
 _PREFIX = "homer_"
+_EAGER_LOGITS = 1 << 26
 _active: ContextVar[LayerPass | None] = ContextVar("homer_layer_pass", default=None)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a layer hands to its attention function.
+
+    `query` has shape (1, heads, tokens, head_dim), `key` and `value` (1, kv_heads, rows, head_dim),
+    past rows included. `extra` holds what only some families have: a soft cap on the logits, an
+    attention sink.
+    """
+
+    module: torch.nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    extra: dict[str, Any]
+
+    def attend(self, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention, causal by slot order, or where `mask` of shape (tokens, rows) is true.
+
+        Returns a tensor of shape (1, tokens, heads, head_dim).
+        """
+        if self.extra:
+            return self._attend_as_family(mask)
+        if mask is None:
+            out = _causal_attention(self.query, self.key, self.value, self.scaling)
+            return out.transpose(1, 2).contiguous()
+        masked = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        out, _ = masked(
+            self.module, self.query, self.key, self.value, mask[None, None], scaling=self.scaling
+        )
+        return out
+
+    def _attend_as_family(self, mask: torch.Tensor | None) -> torch.Tensor:
+        """The family's own eager function, some queries at a time: it makes all their logits."""
+        query, rows = self.query, self.key.shape[2]
+        tokens = query.shape[2]
+        if mask is None:
+            mask = causal_mask(tokens, rows, query.device)
+        lowest = torch.finfo(query.dtype).min
+        out = []
+        step = max(1, _EAGER_LOGITS // (query.shape[1] * rows))
+        for start in range(0, tokens, step):
+            part = slice(start, start + step)
+            added = torch.zeros_like(mask[part], dtype=query.dtype).masked_fill_(
+                ~mask[part], lowest
+            )
+            out.append(
+                _eager_function(self.module)(
+                    self.module,
+                    query[:, :, part],
+                    self.key,
+                    self.value,
+                    added[None, None],
+                    scaling=self.scaling,
+                    **self.extra,
+                )[0]
+            )
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+    def last_query_scores(self, tokens: int) -> torch.Tensor:
+        """Largest scaled logit over the heads of the last query against each of the last keys.
+
+        Raw logits after RoPE, in float32, with no softmax, soft cap or window (paper, section 3.2).
+        Grouped queries use their group's key. Shape (tokens,).
+        """
+        key = self.key[0, :, self.key.shape[2] - tokens :]
+        last = self.query[0, :, -1].float().view(key.shape[0], -1, key.shape[2])
+        logits = torch.matmul(last, key.float().transpose(1, 2)) * self.scaling
+        return logits.amax(dim=(0, 1))
 
 
 class LayerPass:
     """One run of some tokens through some layers, for the thread that entered it.
 
-    `LayerStack.run` sets the first three. `rows` are those that go on through the MLP of the layer
-    at hand and out of it, or None for all.
+    It takes the place of the layers' cache. `LayerStack.run` sets the first four. `rows` are those
+    that go on through the MLP of the layer at hand and out of it, or None for all.
     """
 
-    tokens: int = 0
+    positions: torch.Tensor
     layer: int = 0
     is_last_layer: bool = False
+    window: Window | None = None
     rows: torch.Tensor | None = None
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """Attention of one layer.
+    @property
+    def tokens(self) -> int:
+        return len(self.positions)
 
-        `query` has shape (1, heads, tokens, head_dim), `key` and `value` fewer heads where they are
-        grouped, the result (1, tokens, heads, head_dim).
-        """
+    @property
+    def spans(self) -> Sequence[int]:
+        """Length of the prompt in positions: one for all tokens, or one for each."""
+        raise NotImplementedError
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any) -> LayerKV:
+        """Take new rows of shape (1, heads, tokens, numbers); all rows of the layer so far."""
+        raise NotImplementedError
+
+    def get_seq_length(self, *_: Any) -> int | torch.Tensor:
+        """Rows of this layer before the new ones."""
+        raise NotImplementedError
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attention of one layer, of shape (1, tokens, heads, head_dim)."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -62,66 +148,100 @@ class NodePass(LayerPass):
 
     Parameters
     ----------
+    span : int
+        Length of the whole prompt in positions.
     past : callable from a layer number to (keys, values), or None
-        Rows that come before the node's own, each of shape (kv_heads, past, head_dim).
+        Rows that come before the node's own, each of shape (heads, past, numbers). Called once for
+        each layer.
+    past_positions : torch.Tensor of shape (past,), or None
+        Their positions.
+    end : int, optional
+        All positions of queries and keys are below; by default `span`.
     choose_rows : callable, or None
         In the last layer: from the scores of shape (tokens,) of the last token's query against
         every token's key, to the rows (ascending int64) that go on through the MLP and out of the
         layer.
+    score_layer : int, optional
+        The layer that the scores come from; by default the last one.
     on_scores : callable, or None
         Called with (layer, scores) in every layer; for calibration.
     keep_kv : bool
-        Whether to keep each layer's keys and values in `kv`.
+        Whether to keep each layer's new rows in `kv`.
     """
 
+    span: int
     past: Callable[[int], LayerKV] | None = None
+    past_positions: torch.Tensor | None = None
+    end: int | None = None
     choose_rows: Callable[[torch.Tensor], torch.Tensor] | None = None
+    score_layer: int | None = None
     on_scores: Callable[[int, torch.Tensor], None] | None = None
     keep_kv: bool = True
     kv: list[LayerKV] = field(default_factory=list)
+    _past_rows: tuple[int, LayerKV] | None = None
+    _scores: torch.Tensor | None = None
+    _masks: dict[Window, torch.Tensor] = field(default_factory=dict)
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    @property
+    def spans(self) -> Sequence[int]:
+        return (self.span,)
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any) -> LayerKV:
         if self.keep_kv:
             self.kv.append((key[0], value[0]))
-        prunes = self.is_last_layer and self.choose_rows is not None
-        if prunes or self.on_scores is not None:
-            scores = last_query_scores(query, key, scaling)
+        if self.past is None:
+            return key, value
+        past_key, past_value = self._past()
+        return torch.cat((past_key[None], key), dim=2), torch.cat((past_value[None], value), dim=2)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0 if self.past is None else self._past()[0].shape[1]
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        prunes = self.choose_rows is not None
+        scored = self.layer == self.score_layer or (self.is_last_layer and self._scores is None)
+        if self.on_scores is not None or (prunes and scored):
+            self._scores = call.last_query_scores(self.tokens)
             if self.on_scores is not None:
-                self.on_scores(self.layer, scores)
-            if prunes and self.choose_rows is not None:
-                self.rows = self.choose_rows(scores)
-        if self.past is not None:
-            past_key, past_value = self.past(self.layer)
-            key = torch.cat((past_key[None], key), dim=2)
-            value = torch.cat((past_value[None], value), dim=2)
-        return causal_attention(query, key, value, scaling).transpose(1, 2).contiguous()
+                self.on_scores(self.layer, self._scores)
+        if self.is_last_layer and self.choose_rows is not None and self._scores is not None:
+            self.rows = self.choose_rows(self._scores)
+        return call.attend(self._mask(call.key.shape[2]))
+
+    def _past(self) -> LayerKV:
+        if self._past_rows is None or self._past_rows[0] != self.layer:
+            assert self.past is not None
+            self._past_rows = (self.layer, self.past(self.layer))
+        return self._past_rows[1]
+
+    def _mask(self, rows: int) -> torch.Tensor | None:
+        window = self.window
+        if window is None or window.sees_all(self.span if self.end is None else self.end):
+            return None
+        if window not in self._masks:
+            keys = self.positions
+            if self.past is not None and self.past_positions is not None:
+                keys = torch.cat((self.past_positions, keys))
+            seen = window.sees(self.positions[:, None], keys[None])
+            self._masks[window] = seen & causal_mask(self.tokens, rows, keys.device)
+        return self._masks[window]
 
 
-def last_query_scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Largest scaled logit over the heads of the last query against each key, shape (tokens,).
-
-    Raw logits after RoPE, no softmax, in float32 (paper, section 3.2). Grouped queries use their
-    group's key.
-    """
-    kv_heads, head_dim = key.shape[1], key.shape[3]
-    last = query[0, :, -1].float().view(kv_heads, -1, head_dim)
-    return (torch.matmul(last, key[0].float().transpose(1, 2)) * scaling).amax(dim=(0, 1))
+def causal_mask(tokens: int, rows: int, device: torch.device) -> torch.Tensor:
+    """True where query i sees key j, by slot order; the queries are the last rows."""
+    return torch.ones(tokens, rows, dtype=torch.bool, device=device).tril(rows - tokens)
 
 
-def causal_attention(
+def _causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Attention where query i sees the keys up to `past + i`, by slot order.
-
-    `query` has shape (1, heads, tokens, head_dim), `key` and `value` (1, kv_heads, past + tokens,
-    head_dim).
-    """
+    """Attention where query i sees the keys up to `past + i`, by slot order."""
     tokens, past = query.shape[2], key.shape[2] - query.shape[2]
     grouped = query.shape[1] != key.shape[1]
+    if tokens == 1:
+        return F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=grouped)
     if past > tokens:
-        mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device=query.device).tril(past)
+        mask = causal_mask(tokens, past + tokens, query.device)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
         )
@@ -133,17 +253,25 @@ def causal_attention(
     return out[:, :, past:]
 
 
+def _eager_function(module: torch.nn.Module) -> Callable[..., Any]:
+    """The plain attention of a layer's family; it lives in the family's own file."""
+    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if function is None:
+        raise ModelError(
+            f"{type(module).__name__} has no eager attention function beside it; load the model "
+            f"with attn_implementation='sdpa'"
+        )
+    return function
+
+
 def install(model: Any) -> None:
     """Switch `model` to the registered function that wraps the attention it was loaded with."""
-    current: str = model.config._attn_implementation
-    if current.startswith(_PREFIX):
+    plain: str = model.config._attn_implementation
+    if plain.startswith(_PREFIX):
         return
-    # The eager function lives in each model's own file; sdpa is the same attention.
-    plain = "sdpa" if current == "eager" else current
-    if plain not in ALL_ATTENTION_FUNCTIONS:
+    if plain != "eager" and plain not in ALL_ATTENTION_FUNCTIONS:
         raise ModelError(f"unknown attention implementation {plain!r}; load the model with 'sdpa'")
     name = _PREFIX + plain
-    plain_attention = ALL_ATTENTION_FUNCTIONS[plain]
 
     def attention(
         module: torch.nn.Module,
@@ -156,22 +284,46 @@ def install(model: Any) -> None:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer_pass = _active.get()
         if layer_pass is None:
-            return plain_attention(
-                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            function = (
+                _eager_function(module) if plain == "eager" else ALL_ATTENTION_FUNCTIONS[plain]
             )
+            if scaling is not None:
+                kwargs["scaling"] = scaling
+            return function(module, query, key, value, attention_mask, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return layer_pass.attend(query, key, value, scale), None
+        call = AttentionCall(module, query, key, value, scale, _extra(module, kwargs))
+        return layer_pass.attend(call), None
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
     model.set_attn_implementation(name)
 
 
-def run_mlp_on_kept_rows(mlp: torch.nn.Module) -> None:
-    """Hook a layer's MLP: where a `LayerPass` has chosen rows, only those go through it.
+_WITHOUT_EFFECT = frozenset(
+    # What a pass decides itself, and what does nothing in inference.
+    ("dropout", "sliding_window", "is_causal", "position_ids", "use_cache", "output_attentions")
+)
+_AS_FAMILY = frozenset(("softcap", "s_aux"))
 
-    The MLP works on each token alone, so the surviving rows get the same numbers as if nothing had
-    been skipped; the others are dropped when the layer returns.
+
+def _extra(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that only the family's own attention understands."""
+    extra = {k: v for k, v in kwargs.items() if v is not None and k not in _WITHOUT_EFFECT}
+    if unknown := extra.keys() - _AS_FAMILY:
+        raise ModelError(
+            f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, which "
+            f"Homer does not know"
+        )
+    return extra
+
+
+def run_on_kept_rows(module: torch.nn.Module) -> None:
+    """Hook a module that works on each token alone: only the rows that a `LayerPass` chose go in.
+
+    The surviving rows get the same numbers as if nothing had been skipped; the others are dropped
+    when the layer returns. In layers whose attention and MLP read the same input this holds too, as
+    attention is called first. A mixture of experts returns routing statistics as well; nobody reads
+    them.
     """
 
     def before(
@@ -182,14 +334,14 @@ def run_mlp_on_kept_rows(mlp: torch.nn.Module) -> None:
             return None
         return (args[0].index_select(1, layer_pass.rows), *args[1:])
 
-    def after(
-        _: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
-    ) -> torch.Tensor | None:
+    def after(_: torch.nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> Any:
         layer_pass = _active.get()
         if layer_pass is None or layer_pass.rows is None:
             return None
-        full = out.new_zeros(out.shape[0], layer_pass.tokens, out.shape[2])
-        return full.index_copy_(1, layer_pass.rows, out)
+        kept, *rest = out if isinstance(out, tuple) else (out,)
+        full = kept.new_zeros(*kept.shape[:-2], layer_pass.tokens, kept.shape[-1])
+        full.index_copy_(-2, layer_pass.rows, kept)
+        return (full, *rest) if rest else full
 
-    mlp.register_forward_pre_hook(before)
-    mlp.register_forward_hook(after)
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)

@@ -70,7 +70,7 @@ def measure_bias(
     positions = torch.arange(len(front) + chunk_len, device=stack.device)
     for done, chunk in enumerate(chunks, start=1):
         ids = torch.cat((front, stack.check_ids("chunk", chunk)))
-        node_pass = NodePass(on_scores=add, keep_kv=False)
+        node_pass = NodePass(span=len(ids), on_scores=add, keep_kv=False)
         stack.run(stack.embed(ids), positions, range(stack.num_layers), node_pass)
         if on_chunk is not None:
             on_chunk(done, len(chunks))

@@ -86,17 +86,20 @@ def assemble(pieces: Sequence[KVRows], wanted: torch.Tensor, layer: int) -> Laye
 def refresh(
     stack: LayerStack,
     suffix_ids: torch.Tensor,
-    suffix_positions: torch.Tensor,
+    positions: torch.Tensor,
     prefix_kv: Sequence[LayerKV] | None,
     context_rows: Callable[[int], LayerKV],
     shards: Sequence[KVShard] = (),
+    *,
+    span: int,
 ) -> tuple[list[LayerKV], torch.Tensor]:
     """Run the suffix once more through all layers, over the surviving context.
 
     Averaging at merges mixes the suffix states of the chunk that holds the answer with those of all
     that don't; after three levels most of it is noise. This replaces them for `suffix_len` tokens
-    of work. Rows are asked for layer by layer, so that the run goes on behind a gather. `shards`
-    give up each layer once it is used.
+    of work. `positions` are those of the whole cache, `span` the length of the prompt in positions.
+    Rows are asked for layer by layer, so that the run goes on behind a gather. `shards` give up
+    each layer once it is used.
 
     Returns
     -------
@@ -114,10 +117,16 @@ def refresh(
         release_layer(shards, layer)
         return keys, values
 
-    node_pass = NodePass(past=past, choose_rows=lambda scores: last_row.clone())
+    past_len = len(positions) - len(suffix_ids)
+    node_pass = NodePass(
+        span=span,
+        past=past,
+        past_positions=positions[:past_len],
+        choose_rows=lambda scores: last_row.clone(),
+    )
     last_row = torch.tensor([len(suffix_ids) - 1], device=suffix_ids.device)
     hidden = stack.embed(suffix_ids)
-    hidden = stack.run(hidden, suffix_positions, range(stack.num_layers), node_pass)
+    hidden = stack.run(hidden, positions[past_len:], range(stack.num_layers), node_pass)
     for layer, ((keys, values), suffix) in enumerate(zip(layers, node_pass.kv, strict=True)):
         layers[layer] = (torch.cat((keys, suffix[0]), dim=1), torch.cat((values, suffix[1]), dim=1))
     return layers, stack.logits(hidden[-1:])[0]

@@ -8,13 +8,16 @@ how tokens are chosen, or about how contexts were compressed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from homer.attention import LayerPass
+from homer.attention import AttentionCall, LayerPass
 from homer.context import CompressedContext
+from homer.families import Window
 from homer.stack import LayerStack
+from homer.state import LayerKV
 
 
 class DecodeCache:
@@ -23,6 +26,9 @@ class DecodeCache:
     def __init__(self, context: CompressedContext, max_new_tokens: int) -> None:
         self.length = context.cache_len
         self.next_position = context.next_position
+        self.span = context.next_position
+        answer = torch.arange(max_new_tokens, device=context.position_ids.device) + self.span
+        self._positions = torch.cat((context.position_ids, answer))
         self._keys = [_with_room(keys, max_new_tokens) for keys, _ in context.layers]
         self._values = [_with_room(values, max_new_tokens) for _, values in context.layers]
 
@@ -33,31 +39,65 @@ class DecodeCache:
     def append(
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one token's rows, (kv_heads, head_dim) each, to `layer`; all its rows so far."""
+        """Write one token's rows, (heads, numbers) each, to `layer`; all its rows so far."""
         keys, values = self._keys[layer], self._values[layer]
         keys[:, self.length] = key
         values[:, self.length] = value
         return keys[:, : self.length + 1], values[:, : self.length + 1]
 
+    def mask(self, window: Window | None) -> torch.Tensor | None:
+        """Which rows the next token sees, of shape (1, rows); None for all of them."""
+        if window is None or window.sees_all(self.next_position + 1):
+            return None
+        return window.sees(self.next_position, self._positions[None, : self.length + 1])
+
 
 class _DecodePass(LayerPass):
-    def __init__(self, caches: Sequence[DecodeCache]) -> None:
-        self._caches = caches
+    """Takes a token each of several answers through the layers; each sees its own rows."""
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        grouped = query.shape[1] != key.shape[1]
+    def __init__(self, caches: Sequence[DecodeCache], expands_rows: bool) -> None:
+        self._caches = caches
+        # Layers that expand the cache's rows have to be given all of them, one after the other.
+        self._joins = expands_rows and len(caches) > 1
+        self._rows: list[LayerKV] = []
+
+    @property
+    def spans(self) -> Sequence[int]:
+        return [cache.span for cache in self._caches]
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any) -> LayerKV:
+        self._rows = [
+            cache.append(self.layer, key[0, :, slot], value[0, :, slot])
+            for slot, cache in enumerate(self._caches)
+        ]
+        if len(self._rows) == 1:
+            keys, values = self._rows[0]
+            return keys[None], values[None]
+        if self._joins:
+            all_keys, all_values = zip(*self._rows, strict=True)
+            return torch.cat(all_keys, dim=1)[None], torch.cat(all_values, dim=1)[None]
+        return key, value
+
+    def get_seq_length(self, *_: Any) -> torch.Tensor:
+        """What has to be added to a token's place in this step to get its place in its cache."""
+        lengths = [cache.length - slot for slot, cache in enumerate(self._caches)]
+        return torch.tensor(lengths, device=self.positions.device)
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        if len(self._caches) == 1:
+            return call.attend(self._caches[0].mask(self.window))
         out = []
-        for slot, cache in enumerate(self._caches):
-            keys, values = cache.append(self.layer, key[0, :, slot], value[0, :, slot])
-            own = query[:, :, slot : slot + 1]
-            out.append(
-                F.scaled_dot_product_attention(
-                    own, keys[None], values[None], scale=scaling, enable_gqa=grouped
-                )
+        lengths = [cache.length + 1 for cache in self._caches]
+        rows = [(keys[None], values[None]) for keys, values in self._rows]
+        if self._joins:
+            rows = list(
+                zip(call.key.split(lengths, dim=2), call.value.split(lengths, dim=2), strict=True)
             )
-        return torch.cat(out, dim=2).transpose(1, 2).contiguous()
+        for slot, (cache, (keys, values)) in enumerate(zip(self._caches, rows, strict=True)):
+            own = call.query[:, :, slot : slot + 1]
+            part = replace(call, query=own, key=keys, value=values)
+            out.append(part.attend(cache.mask(self.window)))
+        return torch.cat(out, dim=1)
 
 
 @torch.inference_mode()
@@ -68,7 +108,8 @@ def decode_step(
     ids = torch.tensor(tokens, device=stack.device)
     positions = torch.tensor([cache.next_position for cache in caches], device=stack.device)
     layers = range(stack.num_layers)
-    hidden = stack.run(stack.embed(ids), positions, layers, _DecodePass(caches))
+    layer_pass = _DecodePass(caches, expands_rows=stack.family.latent_cache)
+    hidden = stack.run(stack.embed(ids), positions, layers, layer_pass)
     for cache in caches:
         cache.length += 1
         cache.next_position += 1

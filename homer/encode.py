@@ -161,9 +161,14 @@ class TreeEncoder:
         prefix_kv = self.prefix_kv() if self.plan.prefix_len else None
         positions = self._final_positions(root)
         if self.plan.refreshes_suffix:
-            suffix_positions = positions[len(positions) - self.plan.suffix_len :]
             layers, logits = refresh(
-                self.stack, self.suffix_ids, suffix_positions, prefix_kv, context_rows, root.shards
+                self.stack,
+                self.suffix_ids,
+                positions,
+                prefix_kv,
+                context_rows,
+                root.shards,
+                span=self.plan.next_position,
             )
         else:
             if root.suffix_kv is None:
@@ -193,7 +198,7 @@ class TreeEncoder:
         merge changes nothing.
         """
         if self._prefix_kv is None:
-            node_pass = NodePass()
+            node_pass = NodePass(span=self.plan.next_position)
             positions = torch.arange(self.plan.prefix_len, device=self.stack.device)
             hidden = self.stack.embed(self.prefix_ids)
             self.stack.run(hidden, positions, range(self.plan.num_layers), node_pass)
@@ -257,18 +262,22 @@ class TreeEncoder:
         def choose(scores: torch.Tensor) -> torch.Tensor:
             nonlocal context_rows
             if node.prunes:
-                scores = self._calibrated(scores, positions, node.layer_end - 1)
+                scores = self._calibrated(scores, positions, score_layer)
                 context_rows = keep_highest(scores[front:context_end], node.context_out)
             # No layer follows the root: of its hidden states only the last is used, for the logits.
             return suffix_rows[-1:] if is_root else torch.cat((context_rows + front, suffix_rows))
 
         prefix_kv = self.prefix_kv() if plan.prefix_len and not front else None
+        layers = range(node.layer_start, node.layer_end)
+        score_layer = self.stack.score_layer(layers, plan.prefix_len, plan.next_position - 1)
         node_pass = NodePass(
+            span=plan.next_position,
+            score_layer=score_layer,
+            past_positions=torch.arange(plan.prefix_len, device=hidden.device),
             past=prefix_kv.__getitem__ if prefix_kv is not None else None,
             # A prompt that fits runs as the plain model would, to the last bit.
             choose_rows=choose if node.prunes or (is_root and plan.height > 0) else None,
         )
-        layers = range(node.layer_start, node.layer_end)
         hidden = self.stack.run(hidden, positions, layers, node_pass)
         if front:
             self._prefix_kv = [

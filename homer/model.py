@@ -22,7 +22,7 @@ from homer.loading import load_model
 from homer.plan import MergePlan
 from homer.sampling import SamplingParams
 from homer.shape import homer_defaults
-from homer.stack import LayerStack
+from homer.stack import LayerStack, decoder_of
 
 
 class HomerModel:
@@ -82,8 +82,8 @@ class HomerModel:
         if isinstance(bias, (str, Path)):
             bias = load_bias(
                 bias,
-                num_layers=model.config.num_hidden_layers,
-                hidden_size=model.config.hidden_size,
+                num_layers=decoder_of(model).config.num_hidden_layers,
+                hidden_size=decoder_of(model).config.hidden_size,
             )
         return cls(model, config or homer_defaults(path_or_id), bias)
 
@@ -150,7 +150,13 @@ class HomerModel:
         rest = ids[:-1]
         start = context.next_position
         positions = torch.arange(start, start + len(rest), device=self.stack.device)
-        layer_pass = NodePass(past=context.layers.__getitem__, keep_kv=False)
+        layer_pass = NodePass(
+            span=start,
+            end=start + len(rest),
+            past=context.layers.__getitem__,
+            past_positions=context.position_ids,
+            keep_kv=False,
+        )
         layers = range(self.stack.num_layers)
         hidden = self.stack.run(self.stack.embed(rest), positions, layers, layer_pass)
         return torch.cat((context.logits[None], self.stack.logits(hidden)))

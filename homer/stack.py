@@ -10,8 +10,18 @@ from typing import Any
 import torch
 
 from homer import attention
-from homer.attention import LayerPass
+from homer.attention import LayerPass, NodePass
 from homer.errors import ModelError, PromptError
+from homer.families import Window, cache_row, family_of, layer_windows
+from homer.rotary import Rotary
+
+_CHECK_TOKENS = 12
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a causal LM that holds the layers."""
+    base = model.get_decoder()
+    return base.model if not hasattr(base, "layers") and hasattr(base, "model") else base
 
 
 class LayerStack:
@@ -26,12 +36,17 @@ class LayerStack:
     Raises
     ------
     ModelError
-        When the model has no layer stack that Homer can drive.
+        When Homer cannot drive the model, with the reason. A family that is not in the test matrix
+        is held against its own forward pass.
     """
 
     def __init__(self, model: Any) -> None:
-        base = model.get_decoder()
-        missing = [name for name in ("layers", "rotary_emb", "norm") if not hasattr(base, name)]
+        base = decoder_of(model)
+        self.config = base.config
+        self.family = family_of(self.config)
+        missing = [
+            name for name in ("layers", "rotary_emb", self.family.norm) if not hasattr(base, name)
+        ]
         if missing:
             raise ModelError(
                 f"{type(model).__name__} has no {', '.join(missing)}; Homer needs a decoder-only "
@@ -40,12 +55,18 @@ class LayerStack:
         attention.install(model)
         self.model = model
         self.layers = base.layers
-        self._rotary = base.rotary_emb
-        self._norm = base.norm
+        self.windows: list[Window | None] = layer_windows(self.config)
+        self.cache_row = cache_row(self.config, self.family)
+        self._rotary = Rotary(base.rotary_emb, self.config)
+        self._norm = getattr(base, self.family.norm)
         if not getattr(model, "_homer_hooks", False):
             for layer in self.layers:
-                attention.run_mlp_on_kept_rows(layer.mlp)
+                for name in self.family.per_token_modules:
+                    if hasattr(layer, name):
+                        attention.run_on_kept_rows(getattr(layer, name))
             model._homer_hooks = True
+        if not self.family.tested and self.device.type != "meta":
+            self._check_against_own_forward()
 
     @property
     def num_layers(self) -> int:
@@ -53,23 +74,12 @@ class LayerStack:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.model.config.hidden_size)
-
-    @property
-    def num_kv_heads(self) -> int:
-        return int(self.model.config.num_key_value_heads)
-
-    @property
-    def head_dim(self) -> int:
-        config = self.model.config
-        return int(
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        return int(self.config.hidden_size)
 
     @property
     def kv_bytes_per_row(self) -> int:
         """Bytes of one token's key and value in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return self.cache_row.numbers * self.dtype.itemsize
 
     @property
     def vocab_size(self) -> int:
@@ -102,7 +112,20 @@ class LayerStack:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of shape (tokens, hidden_size)."""
-        return self.model.get_input_embeddings()(ids)
+        embeddings = self.model.get_input_embeddings()(ids)
+        if self.family.embedding_multiplier is not None:
+            embeddings = embeddings * getattr(self.config, self.family.embedding_multiplier)
+        return embeddings
+
+    def score_layer(self, layers: range, first: int, last: int) -> int:
+        """The layer of `layers` whose scores decide, for keys from position `first` and a query at
+        `last`: the highest that sees them all, else the highest of all.
+        """
+        for layer in reversed(layers):
+            window = self.windows[layer]
+            if window is None or window.sees(last, first):
+                return layer
+        return layers[-1]
 
     def run(
         self, hidden: torch.Tensor, position_ids: torch.Tensor, layers: range, layer_pass: LayerPass
@@ -113,23 +136,64 @@ class LayerStack:
         """
         states = hidden[None]
         positions = position_ids[None]
-        rotary = self._rotary(states, positions)
-        layer_pass.tokens = len(hidden)
+        rotations = self._rotary(states, positions, layer_pass.spans, layers)
+        cache = {self.family.cache_argument: layer_pass}
+        layer_pass.positions = position_ids
         with layer_pass:
-            for layer in layers:
+            for layer, rotation in zip(layers, rotations, strict=True):
                 layer_pass.layer = layer
+                layer_pass.window = self.windows[layer]
                 layer_pass.is_last_layer = layer == layers[-1]
                 states = self.layers[layer](
                     states,
                     attention_mask=None,
                     position_ids=positions,
-                    past_key_values=None,
-                    use_cache=False,
-                    position_embeddings=rotary,
+                    use_cache=True,
+                    position_embeddings=rotation,
+                    **cache,
                 )
         rows = layer_pass.rows
         return states[0] if rows is None else states[0].index_select(0, rows)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Output logits in float32 of the last layer's `hidden`, shape (..., vocab)."""
-        return self.model.get_output_embeddings()(self._norm(hidden)).float()
+        family, config = self.family, self.config
+        logits = self.model.get_output_embeddings()(self._norm(hidden))
+        if family.logits_multiplier is not None:
+            logits = logits * getattr(config, family.logits_multiplier)
+        if family.logits_divisor is not None:
+            logits = logits / getattr(config, family.logits_divisor)
+        cap = None if family.logits_softcap is None else getattr(config, family.logits_softcap)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits.float()
+
+    @torch.inference_mode()
+    def _check_against_own_forward(self) -> None:
+        """Run a few tokens piece by piece and as the model does; refuse where they differ."""
+        name = f"{type(self.model).__name__} ({self.config.model_type})"
+        ids = torch.arange(_CHECK_TOKENS, device=self.device) % self.vocab_size
+        expected = self.model(ids[None], use_cache=False).logits[0].float()
+        node_pass = NodePass(span=_CHECK_TOKENS)
+        positions = torch.arange(_CHECK_TOKENS, device=self.device)
+        try:
+            hidden = self.run(self.embed(ids), positions, range(self.num_layers), node_pass)
+            logits = self.logits(hidden)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(f"{name} cannot be run layer by layer: {error}") from error
+        rows = [
+            tuple((tensor.shape[0], tensor.shape[2]) for tensor in layer) for layer in node_pass.kv
+        ]
+        if rows != [(self.cache_row.key, self.cache_row.value)] * self.num_layers:
+            raise ModelError(
+                f"{name} caches rows of shapes {sorted(set(rows))}, not {self.cache_row} in every "
+                f"layer; describe the family in homer/families.py"
+            )
+        scale = expected.std().item()
+        worst = (logits - expected).abs().max().item()
+        if not worst <= 0.02 * scale:
+            raise ModelError(
+                f"{name} run layer by layer differs from its own forward pass (by {worst:.2g} in "
+                f"logits that spread by {scale:.2g}): it does more around its layers than Homer "
+                f"knows; describe the family in homer/families.py"
+            )

@@ -106,7 +106,7 @@ class Gather:
 
     async def _pull(self, address: str, waiting: list[Future[KVRows] | None]) -> None:
         stack, max_rows = self._stack, len(self._request.context_indices)
-        row_bytes = 2 * stack.num_kv_heads * stack.head_dim * stack.dtype.itemsize
+        row_bytes = stack.kv_bytes_per_row
         limits = Limits(
             total_bytes=stack.num_layers * max_rows * (row_bytes + torch.int32.itemsize),
             tensors=3 * stack.num_layers,

@@ -242,14 +242,14 @@ class WorkerServicer:
     ) -> worker_pb2.GetWorkerInfoResponse:
         async with self._call(context):
             model, stack = self._worker.model, self._stack
-            config = stack.model.config
+            config = stack.config
             return worker_pb2.GetWorkerInfoResponse(
                 model=model.path,
                 model_type=config.model_type,
                 num_layers=stack.num_layers,
                 hidden_size=stack.hidden_size,
-                num_kv_heads=stack.num_kv_heads,
-                head_dim=stack.head_dim,
+                num_kv_heads=stack.cache_row.key[0],
+                head_dim=stack.cache_row.key[1],
                 vocab_size=stack.vocab_size,
                 max_position_embeddings=config.max_position_embeddings,
                 dtype=str(stack.dtype).removeprefix("torch."),

@@ -100,10 +100,10 @@ def state_specs(plan: MergePlan, node: PlanNode, stack: LayerStack) -> list[Spec
         Spec("context_indices", torch.int32, (node.context_out,)),
     ]
     if not plan.refreshes_suffix:
-        shape = (stack.num_kv_heads, plan.suffix_len, stack.head_dim)
+        shapes = stack.cache_row.shapes(plan.suffix_len)
         for layer in range(node.layer_end):
-            specs.append(Spec(f"suffix_keys.{layer}", stack.dtype, shape))
-            specs.append(Spec(f"suffix_values.{layer}", stack.dtype, shape))
+            for name, shape in zip(("suffix_keys", "suffix_values"), shapes, strict=True):
+                specs.append(Spec(f"{name}.{layer}", stack.dtype, shape))
     return specs
 
 
@@ -154,9 +154,9 @@ def gather_tensors(
             specs.append(Spec(f"indices.{layer}", torch.int32, tuple(indices.shape)))
             makers.append(lambda tensor=wire_indices: tensor)  # type: ignore[misc]
             previous = indices
-        shape = (stack.num_kv_heads, len(indices), stack.head_dim)
         pieces = [(*shard.layer(layer), rows) for shard, rows in here]
-        for which, name in enumerate(("keys", "values")):
+        shapes = stack.cache_row.shapes(len(indices))
+        for which, (name, shape) in enumerate(zip(("keys", "values"), shapes, strict=True)):
             specs.append(Spec(f"{name}.{layer}", stack.dtype, shape))
             picked = [(piece[which], piece[2]) for piece in pieces]
             makers.append(lambda picked=picked, shape=shape: _pick(picked, shape, stack))  # type: ignore[misc]
@@ -183,9 +183,8 @@ def gather_check(stack: LayerStack, max_rows: int) -> Callable[[Sequence[Spec]],
             if indices is not None and len(indices.shape) == 1 and indices.shape[0] <= max_rows:
                 rows = indices.shape[0]
                 expected.append(Spec(indices.name, torch.int32, (rows,)))
-            shape = (stack.num_kv_heads, rows, stack.head_dim)
-            expected.append(Spec(f"keys.{layer}", stack.dtype, shape))
-            expected.append(Spec(f"values.{layer}", stack.dtype, shape))
+            for name, shape in zip(("keys", "values"), stack.cache_row.shapes(rows), strict=True):
+                expected.append(Spec(f"{name}.{layer}", stack.dtype, shape))
         must_equal(expected)(announced)
 
     return check

@@ -374,7 +374,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_without_rotary_positions_is_refused() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
-    with pytest.raises(ModelError, match=r"GPT2LMHeadModel has no .*rotary position embeddings"):
+    with pytest.raises(ModelError, match="gpt2 has no rotary position embeddings"):
         HomerModel(gpt2, MERGES)
 
 
