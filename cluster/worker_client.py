@@ -154,6 +154,7 @@ class GrpcWorkerClient:
             node=write_node(job.plan.root.id),
             attempt=attempt,
             shard_addresses=shard_addresses,
+            resume_token_ids=resume_token_ids,
             sampling=wire_sampling(job.sampling),
         )
         with self._errors():
@@ -181,7 +182,11 @@ class GrpcWorkerClient:
                         )
 
     async def drop(self, request_id: str, node: NodeId, attempt: int) -> None:
-        raise WorkerCallError(f"worker {self.name} cannot drop nodes yet", "UNIMPLEMENTED")
+        request = worker_pb2.DropRequest(
+            request_id=request_id, node=write_node(node), attempt=attempt
+        )
+        with self._errors():
+            await self._stub.Drop(request)
 
     async def reset(self, keep_request_ids: Sequence[str] = ()) -> None:
         with self._errors():

@@ -103,7 +103,8 @@ class WorkerServicer:
     async def close(self) -> None:
         """Stop all jobs, drop everything that is held, and close the channels to peers."""
         for held in self._store.requests:
-            self._drop(held.spec.request_id)
+            self._store.take(held.spec.request_id)
+            held.clear()
         await self._peers.close()
 
     async def RunSubtree(  # noqa: N802
@@ -227,15 +228,17 @@ class WorkerServicer:
     async def Release(  # noqa: N802
         self, request: worker_pb2.ReleaseRequest, context: Context
     ) -> worker_pb2.ReleaseResponse:
-        return worker_pb2.ReleaseResponse(freed_bytes=self._drop(request.request_id))
+        held = self._store.release(request.request_id)
+        return worker_pb2.ReleaseResponse(freed_bytes=held.clear() if held else 0)
 
     async def Reset(  # noqa: N802
         self, request: worker_pb2.ResetRequest, context: Context
     ) -> worker_pb2.ResetResponse:
+        # Those that go on elsewhere may come back to this worker: their ids are not refused.
         known = [held.spec.request_id for held in self._store.requests]
-        dropped = [one for one in known if one not in request.keep_request_ids]
-        freed = sum(self._drop(one) for one in dropped)
-        return worker_pb2.ResetResponse(released_requests=len(dropped), freed_bytes=freed)
+        taken = [self._store.take(one) for one in known if one not in request.keep_request_ids]
+        freed = sum(held.clear() for held in taken if held)
+        return worker_pb2.ResetResponse(released_requests=len(taken), freed_bytes=freed)
 
     async def GetWorkerInfo(  # noqa: N802
         self, request: worker_pb2.GetWorkerInfoRequest, context: Context
@@ -369,9 +372,14 @@ class WorkerServicer:
                 job.stop(f"attempt {attempt} for node {tuple(node)} has begun")
         if job is None or not (job.running or job.done):
             job = held.jobs[kind, node] = Job(attempt, variant, work)
-        async with aclosing(job.follow()) as events:
-            async for event in events:
-                yield event
+        try:
+            async with aclosing(job.follow()) as events:
+                async for event in events:
+                    yield event
+        finally:
+            # A call that reached a worker late, and whose caller is gone, leaves no trace.
+            if held.is_empty:
+                self._store.forget(held)
 
     @asynccontextmanager
     async def _call(self, context: Context, is_work: bool = False) -> AsyncIterator[None]:
@@ -394,16 +402,6 @@ class WorkerServicer:
             self._running_calls -= 1
             if not self._running_calls:
                 self._idle.set()
-
-    def _drop(self, request_id: str) -> int:
-        held = self._store.release(request_id)
-        if held is None:
-            return 0
-        for job in held.jobs.values():
-            job.stop(f"request {request_id!r} was released")
-        freed = held.nbytes
-        held.clear()
-        return freed
 
     def _send(
         self,

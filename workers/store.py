@@ -94,12 +94,22 @@ class HeldRequest:
         """All shards as they are now, whatever happens to them later."""
         return copy_shards(self.all_shards())
 
-    def clear(self) -> None:
-        """Drop everything that is held."""
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing here that anybody could ask for or wait for."""
+        running = any(job.running for job in self.jobs.values())
+        return not (running or self.states or self.shards or self.context or self.dropped)
+
+    def clear(self) -> int:
+        """Stop what runs and drop everything that is held; returns the bytes freed."""
+        for job in self.jobs.values():
+            job.stop(f"request {self.spec.request_id!r} was released")
+        freed = self.nbytes
         self.states.clear()
         self.shards.clear()
         self.jobs.clear()
         self.context = None
+        return freed
 
     @property
     def nbytes(self) -> int:
@@ -179,13 +189,22 @@ class Store:
             )
         return held
 
+    def forget(self, held: HeldRequest) -> None:
+        """Take a request out in which there is nothing."""
+        if self._requests.get(held.spec.request_id) is held:
+            del self._requests[held.spec.request_id]
+
+    def take(self, request_id: str) -> HeldRequest | None:
+        """Take a request out; its id may come again."""
+        return self._requests.pop(request_id, None)
+
     def release(self, request_id: str) -> HeldRequest | None:
         """Take a request out, and refuse late calls of it from now on."""
         self._released.pop(request_id, None)
         self._released[request_id] = self._clock() + RELEASED_SECONDS
         if len(self._released) > RELEASED_REQUESTS:
             self._released.popitem(last=False)
-        return self._requests.pop(request_id, None)
+        return self.take(request_id)
 
     def _check_released(self, request_id: str) -> None:
         now = self._clock()

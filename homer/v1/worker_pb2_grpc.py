@@ -178,7 +178,8 @@ class WorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Reset(self, request, context):
-        """Releases every request but those named: for a coordinator that starts anew.
+        """Drops everything of every request but those named: for a coordinator that starts anew, and for a
+        worker that was given up and is taken back. The ids may come again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -263,10 +263,29 @@ def test_reset_releases_all_but_what_is_kept(workers: list[WorkerProcess], promp
     reset = worker_pb2.ResetRequest(keep_request_ids=[other.request_id])
     assert worker.stub.Reset(reset, timeout=CALL_SECONDS).released_requests == 1
     assert worker.stats().requests == 1
-    code, _ = refusal(lambda: run_subtree(worker, prompt.subtree(LEAF, attempt=1)))
-    assert code is grpc.StatusCode.ABORTED
     run_subtree(worker, other.subtree(PARENT))
     assert worker.stub.Reset(worker_pb2.ResetRequest(), timeout=CALL_SECONDS).released_requests == 1
+    assert worker.holds_nothing()
+
+
+def test_a_worker_that_was_reset_takes_part_again_in_what_goes_on(
+    workers: list[WorkerProcess], prompt: Prompt
+) -> None:
+    worker = workers[0]
+    run_subtree(worker, prompt.subtree(PARENT))
+    worker.stub.Reset(worker_pb2.ResetRequest(), timeout=CALL_SECONDS)
+    run_subtree(worker, prompt.subtree(LEAF, attempt=1))
+    assert worker.stats().node_states == 1
+
+
+def test_a_call_whose_caller_has_gone_leaves_no_trace(
+    workers: list[WorkerProcess], prompt: Prompt
+) -> None:
+    worker = workers[0]
+    call = worker.stub.RunSubtree(prompt.subtree(prompt.plan.root.id), timeout=CALL_SECONDS)
+    next(iter(call))
+    call.cancel()
+    eventually(lambda: worker.stats().running_calls == 0)
     assert worker.holds_nothing()
 
 
