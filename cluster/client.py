@@ -21,6 +21,7 @@ from homer.errors import ConfigError
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc, sampling_pb2
 from workers.plan_wire import PLAN_KINDS
+from workers.tracing import caller_metadata
 
 MAX_MESSAGE_BYTES = 64 << 20
 # Trailing metadata of an error that passes.
@@ -166,7 +167,7 @@ class HomerClient:
         """The events of one attempt."""
         timeout_seconds = None if deadline is None else deadline - time.monotonic()
         with _errors(self.address):
-            call = self._stub.Generate(request, timeout=timeout_seconds)
+            call = self._stub.Generate(request, timeout=timeout_seconds, metadata=caller_metadata())
             try:
                 for response in call:
                     yield getattr(response, response.WhichOneof("event"))
@@ -183,6 +184,18 @@ class HomerClient:
         """
         with _errors(self.address):
             return self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout_seconds)
+
+    def trace(self, request_id: str, timeout_seconds: float = 30.0) -> pb.GetTraceResponse:
+        """What happened when and where for a request that runs or ended not long ago.
+
+        Raises
+        ------
+        ServiceError
+            When the service cannot be reached, or does not know the request (any more).
+        """
+        request = pb.GetTraceRequest(request_id=request_id)
+        with _errors(self.address):
+            return self._stub.GetTrace(request, timeout=timeout_seconds)
 
 
 @contextmanager

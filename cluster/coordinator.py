@@ -20,16 +20,21 @@ from cluster.keeper import keeper_name
 from cluster.options import ServeOptions
 from cluster.pool import WorkerPool
 from cluster.scheduler import Scheduler
+from cluster.seeing import Seeing
 from cluster.service import LongContextService
 from cluster.slot import result
 from cluster.text import PromptTokenizer
 from homer.config import HomerConfig
 from homer.shape import homer_defaults
 from workers.addresses import join_port
+from workers.logs import set_up_logging
+from workers.tracing import connect_tracing
 
 _log = logging.getLogger(__name__)
 
 NAMESPACE = "homer"
+# What its spans come from.
+IDENTITY = {"service_name": "homer", "service_instance_id": "coordinator"}
 # The port of a coordinator that was killed is free as soon as its process has gone.
 PORT_TIMEOUT_SECONDS = 20.0
 
@@ -41,10 +46,11 @@ class Coordinator:
     """
 
     def __init__(self, options: ServeOptions) -> None:
-        logging.basicConfig(level=logging.INFO)
+        set_up_logging(options.log_format)
         self._options = options
         self._keeper = ray.get_actor(keeper_name(options.name), NAMESPACE)
-        self._scheduler = Scheduler()
+        self._seeing = Seeing(connect_tracing(options.otlp_endpoint, **IDENTITY))
+        self._scheduler = Scheduler(observer=self._seeing.observer)
         here = get_node_ip_address()
         self._pool = WorkerPool(options, self._keeper, here, self._scheduler)
         self._scheduler.on_worker_lost = self._pool.fence
@@ -73,6 +79,7 @@ class Coordinator:
             await self._door.stop()
         await self._scheduler.drain()
         await self._pool.stop()
+        await self._seeing.stop()
         self._ended.set()
 
     async def _start(self) -> str:
@@ -81,8 +88,12 @@ class Coordinator:
             self._pool.start(), asyncio.to_thread(_load_settings, options)
         )
         info = await self._worker_info()
-        service = LongContextService(self._scheduler, info, config, tokenizer, options.limits)
+        service = LongContextService(
+            self._scheduler, info, config, tokenizer, options.limits, self._seeing
+        )
         port = await self._open(service)
+        # After the door: where this is a restart, the port of the one before is free by then.
+        self._seeing.start(options.host, options.metrics_port)
         any_host = options.host in ("0.0.0.0", "[::]", "::")
         return join_port(get_node_ip_address() if any_host else options.host, port)
 

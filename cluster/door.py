@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.errors import WorkerCallError, WorkerLostError
+from cluster.info_wire import server_info, trace_to_wire
 from cluster.job import CacheReady, JobProgress, Sampling
 from cluster.service import (
     Accepted,
@@ -26,7 +27,7 @@ from cluster.service import (
     TokenText,
 )
 from cluster.text import PromptIds
-from homer import __version__
+from cluster.timeline import KEPT_REQUESTS
 from homer.errors import HomerError, PromptError
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc, sampling_pb2
@@ -48,6 +49,7 @@ class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
     async def Generate(  # noqa: N802 - gRPC's name
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
+        self._service.seeing.tracing.follow(context.invocation_metadata())
         # Writes instead of yielding: so a cancel always arrives in here, and is passed on at once.
         try:
             with_indices = request.return_kept_indices
@@ -67,33 +69,20 @@ class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
     async def GetServerInfo(  # noqa: N802 - gRPC's name
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetServerInfoResponse:
-        service = self._service
-        workers = await service.workers()
-        return pb.GetServerInfoResponse(
-            model=service.info.model,
-            homer_version=__version__,
-            num_layers=service.info.num_layers,
-            model_window=service.info.max_position_embeddings,
-            max_context_tokens=service.limits.context_tokens,
-            max_chunk_len=service.config.max_chunk_len,
-            target_len=service.config.target_len,
-            warmup_layers=service.config.warmup_layers,
-            calibrated=service.info.calibrated,
-            workers=[
-                pb.ServerWorker(
-                    name=worker.name,
-                    address=worker.address,
-                    device=service.info.device,
-                    ready=worker.ready,
-                    requests=worker.requests,
-                    state_bytes=worker.state_bytes,
-                    kv_shard_bytes=worker.kv_shard_bytes,
-                )
-                for worker in workers
-            ],
-            running_requests=service.scheduler.running_jobs,
-            queued_requests=service.scheduler.queued_jobs,
-        )
+        return server_info(self._service, await self._service.seeing.watch.look())
+
+    async def GetTrace(  # noqa: N802 - gRPC's name
+        self, request: pb.GetTraceRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetTraceResponse:
+        seeing = self._service.seeing
+        timeline = seeing.timelines.find(request.request_id)
+        if timeline is None:
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND,
+                f"request {request.request_id!r} is not known, or not any more: the last "
+                f"{KEPT_REQUESTS} that ended are kept",
+            )
+        return trace_to_wire(timeline, seeing.clocks)
 
 
 class GrpcDoor:

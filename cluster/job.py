@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from homer.plan import MergePlan, NodeId
 
+Outcome = Literal["finished", "failed", "cancelled", "refused"]
 Stop = Literal["stop", "length"]
 
 
@@ -29,6 +30,22 @@ class Sampling:
     ignore_eos: bool = False
 
 
+class JobSpans(Protocol):
+    """Spans of a job: what its calls carry as metadata, and what closes them."""
+
+    def below(self, node: NodeId | None) -> Sequence[tuple[str, str]]:
+        """Of a call whose spans belong below `node`; None is the request itself."""
+        ...
+
+    def above(self, node: NodeId) -> Sequence[tuple[str, str]]:
+        """Of a call that runs the whole subtree under `node`."""
+        ...
+
+    def node_done(self, worker: str, done: NodeDone) -> None: ...
+
+    def end(self, outcome: Outcome, summary: JobSummary | None) -> None: ...
+
+
 @dataclass(frozen=True)
 class Job:
     """One request: a plan and the token ids that it is for.
@@ -44,6 +61,8 @@ class Job:
     suffix_ids: Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
     priority: int = 0
+    # What traces it, where something does.
+    spans: JobSpans | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -161,6 +180,18 @@ class WorkerInfo:
     # All layers of one token; 0 where a worker does not say.
     kv_bytes_per_token: int = 0
     memory_budget_bytes: int = 0
+    # Where its metrics are; 0 where it serves none.
+    metrics_port: int = 0
+
+
+@dataclass(frozen=True)
+class TransferStats:
+    """What a worker has received from the one at `peer`, by one transport."""
+
+    peer: str
+    transport: str
+    received_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -182,6 +213,9 @@ class WorkerStats:
     accelerator_bytes: int = 0
     # Its clock when it answered; 0 where it was not told.
     unix_seconds: float = 0.0
+    memory_budget_bytes: int = 0
+    reserved_bytes: int = 0
+    transfers: Sequence[TransferStats] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,13 @@ not raise. Knows nothing about what watchers do with what they hear.
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+from typing import Any
 
-from cluster.job import CacheReady, Job, JobSummary, NodeDone
+from cluster.job import CacheReady, Job, JobSummary, NodeDone, Outcome
 from homer.plan import NodeId
 
-Outcome = Literal["finished", "failed", "cancelled", "refused"]
+_log = logging.getLogger(__name__)
 
 
 class Observer:
@@ -47,3 +48,44 @@ class Observer:
 
     def worker_lost(self, name: str, reason: str) -> None:
         """A worker was given up; what it held is run again elsewhere."""
+
+
+class Observers(Observer):
+    """Tells several observers; what one of them raises is logged, and disturbs nobody else."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def job_queued(self, job: Job) -> None:
+        self._tell("job_queued", job)
+
+    def job_started(self, job: Job) -> None:
+        self._tell("job_started", job)
+
+    def node_done(self, job: Job, worker: str, done: NodeDone, level: int) -> None:
+        self._tell("node_done", job, worker, done, level)
+
+    def cache_ready(self, job: Job, worker: str, ready: CacheReady) -> None:
+        self._tell("cache_ready", job, worker, ready)
+
+    def token(self, job: Job) -> None:
+        self._tell("token", job)
+
+    def retried(self, job: Job, node: NodeId, cause: str) -> None:
+        self._tell("retried", job, node, cause)
+
+    def job_ended(self, job: Job, outcome: Outcome, summary: JobSummary | None) -> None:
+        self._tell("job_ended", job, outcome, summary)
+
+    def worker_joined(self, name: str) -> None:
+        self._tell("worker_joined", name)
+
+    def worker_lost(self, name: str, reason: str) -> None:
+        self._tell("worker_lost", name, reason)
+
+    def _tell(self, method: str, *what: Any) -> None:
+        for observer in self._observers:
+            try:
+                getattr(observer, method)(*what)
+            except Exception:
+                _log.exception("%s of %s failed", method, type(observer).__name__)

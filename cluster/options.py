@@ -81,6 +81,14 @@ class ServeOptions:
         How long a worker may take to load the model.
     grace_seconds : float
         How long running requests may take to end when the service is told to end.
+    log_format : str
+        "text", or "json" for one object per line.
+    metrics_port : int, optional
+        Where the coordinator serves its metrics, on `host`; 0 is any free port, None is nowhere.
+        Where it serves them, so do the workers, on any free port of theirs.
+    otlp_endpoint : str
+        The OpenTelemetry collector for spans; by default what OTEL_EXPORTER_OTLP_ENDPOINT names,
+        or none.
     """
 
     model: str
@@ -107,6 +115,9 @@ class ServeOptions:
     placement_timeout_seconds: float = 120.0
     start_timeout_seconds: float = 600.0
     grace_seconds: float = 30.0
+    log_format: str = "text"
+    metrics_port: int | None = None
+    otlp_endpoint: str = ""
 
     def __post_init__(self) -> None:
         for name in ("workers", "threads", "min_workers"):

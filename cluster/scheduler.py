@@ -32,6 +32,7 @@ from cluster.run import JobRun, Merge, Piece
 from cluster.scheduler_options import SchedulerOptions
 from homer.errors import PromptError
 from homer.plan import MergePlan, NodeId
+from workers.logs import log_about
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class _Active:
         self.events: asyncio.Queue[JobEvent | BaseException | None] = asyncio.Queue()
         self.tasks: set[asyncio.Task[None]] = set()
         self.ending = False
+        self.told = False
 
 
 class Scheduler:
@@ -172,6 +174,9 @@ class Scheduler:
             )
         active = _Active(JobRun(job, len(self._workers), self.options.pieces_per_worker))
         self._active[job.request_id] = active
+        self.observer.job_queued(job)
+        outcome: Any = "cancelled"
+        summary: JobSummary | None = None
         try:
             self._pump()
             while True:
@@ -182,8 +187,14 @@ class Scheduler:
                     raise event
                 yield event
             async for event in self._answer(active.run):
+                if isinstance(event, JobSummary):
+                    outcome, summary = "finished", event
                 yield event
+        except Exception:
+            outcome = "failed"
+            raise
         finally:
+            self.observer.job_ended(job, outcome, summary)
             ending = asyncio.create_task(self._end(active))
             self._keep(ending)
             await asyncio.shield(ending)
@@ -205,9 +216,11 @@ class Scheduler:
                 case CacheReady():
                     cache, cache_at = event, time.perf_counter()
                     run.moved_bytes += event.received_bytes
+                    self.observer.cache_ready(job, worker.name, event)
                     yield event
                 case TokenOut():
                     first_at = first_at or time.perf_counter()
+                    self.observer.token(job)
                     yield event
                 case GenerateDone():
                     ended = time.perf_counter()
@@ -283,8 +296,12 @@ class Scheduler:
     ) -> None:
         self._busy.add(worker.name)
         active.run.running += 1
+        if not active.told:
+            active.told = True
+            self.observer.job_started(active.run.job)
 
         async def call() -> None:
+            log_about(request_id=active.run.job.request_id, worker=worker.name)
             try:
                 await work
             except Exception as error:
@@ -307,6 +324,7 @@ class Scheduler:
         try:
             async for done in worker.run_subtree(run.job, piece.node, piece.attempt):
                 if progress := run.node_done(done, worker):
+                    self.observer.node_done(run.job, worker.name, done, done.node.height)
                     active.events.put_nowait(progress)
         except (WorkerLostError, WorkerCallError) as error:
             _log.warning("%s: %s on %s failed: %s", run.job.request_id, piece, worker.name, error)
@@ -327,6 +345,7 @@ class Scheduler:
         run.moved_bytes += done.received_bytes
         run.merge_done(merge, worker)
         if progress := run.node_done(done, worker):
+            self.observer.node_done(run.job, worker.name, done, done.node.height)
             active.events.put_nowait(progress)
         for holder in run.holders(merge.node):
             if holder.name != worker.name:

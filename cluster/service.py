@@ -13,7 +13,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from cluster.errors import WorkerCallError, WorkerLostError
 from cluster.job import (
     CacheReady,
     Job,
@@ -21,14 +20,15 @@ from cluster.job import (
     JobSummary,
     Sampling,
     TokenOut,
-    WorkerClient,
     WorkerInfo,
 )
 from cluster.scheduler import Scheduler
+from cluster.seeing import Seeing
 from cluster.text import PromptIds, PromptTokenizer
 from homer.config import HomerConfig
 from homer.errors import ModelError, PromptError
 from homer.plan import MergePlan
+from workers.logs import log_about
 
 MAX_REQUEST_ID_LENGTH = 128
 
@@ -92,18 +92,6 @@ class Finished:
 ServiceEvent = Accepted | JobProgress | CacheReady | TokenText | Finished
 
 
-@dataclass(frozen=True)
-class WorkerState:
-    """A worker and what it holds; `ready` is false where it does not answer."""
-
-    name: str
-    address: str
-    ready: bool
-    requests: int = 0
-    state_bytes: int = 0
-    kv_shard_bytes: int = 0
-
-
 class LongContextService:
     """Answers requests with one model on one pool of workers.
 
@@ -117,6 +105,8 @@ class LongContextService:
     tokenizer : PromptTokenizer, optional
         Without one only prompts of token ids are answered, and answers have no text.
     limits : Limits
+    seeing : Seeing, optional
+        What looks at the scheduler; its observer must be the scheduler's.
     """
 
     def __init__(
@@ -126,11 +116,14 @@ class LongContextService:
         config: HomerConfig,
         tokenizer: PromptTokenizer | None,
         limits: Limits,
+        seeing: Seeing | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.info = info
         self.config = config
         self.limits = limits
+        self.seeing = seeing or Seeing()
+        self.seeing.watch.scheduler = scheduler
         self._tokenizer = tokenizer
 
     async def generate(self, request: Request) -> AsyncIterator[ServiceEvent]:
@@ -145,7 +138,9 @@ class LongContextService:
         """
         # Tokenizing a long document takes seconds: other requests must not wait for it.
         request_id = request.request_id or uuid.uuid4().hex
-        job = await asyncio.to_thread(self._prepare, request)
+        log_about(request_id=request_id)
+        job = await asyncio.to_thread(self._prepare, request, request_id)
+        log_about(request_id=job.request_id)
         yield Accepted(request_id, job, self.scheduler.subtrees(job.plan))
         text = self._tokenizer.stream() if self._tokenizer else None
         token_ids: list[int] = []
@@ -164,12 +159,7 @@ class LongContextService:
                     case _:
                         yield event
 
-    async def workers(self) -> list[WorkerState]:
-        """What each worker holds now, in the order of their numbers."""
-        workers = sorted(self.scheduler.workers, key=lambda worker: (len(worker.name), worker.name))
-        return list(await asyncio.gather(*(_state_of(worker) for worker in workers)))
-
-    def _prepare(self, request: Request) -> Job:
+    def _prepare(self, request: Request, request_id: str) -> Job:
         prompt = request.prompt
         if isinstance(prompt, TextPrompt):
             prompt = self._tokenize(prompt)
@@ -204,8 +194,9 @@ class LongContextService:
             config,
         )
         # Workers refuse an id that was released before; a user may repeat theirs.
-        job_id = "-".join(filter(None, (request.request_id, uuid.uuid4().hex)))
-        return Job(job_id, plan, *prompt, sampling=request.sampling)
+        job_id = f"{request_id}-{uuid.uuid4().hex}" if request.request_id else request_id
+        spans = self.seeing.spans(job_id, plan)
+        return Job(job_id, plan, *prompt, sampling=request.sampling, spans=spans)
 
     def _tokenize(self, prompt: TextPrompt) -> PromptIds:
         if self._tokenizer is None:
@@ -214,18 +205,3 @@ class LongContextService:
                 "tokenizer files beside it"
             )
         return self._tokenizer.prompt_ids(prompt.prefix, prompt.context, prompt.suffix)
-
-
-async def _state_of(worker: WorkerClient) -> WorkerState:
-    try:
-        stats = await worker.stats()
-    except (WorkerLostError, WorkerCallError):
-        return WorkerState(worker.name, worker.address, ready=False)
-    return WorkerState(
-        worker.name,
-        worker.address,
-        ready=True,
-        requests=stats.requests,
-        state_bytes=stats.state_bytes,
-        kv_shard_bytes=stats.kv_shard_bytes,
-    )

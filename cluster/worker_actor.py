@@ -7,7 +7,6 @@ about what a worker does.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import uuid
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from cluster.placement import WorkerSpec
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from workers.addresses import address_toward, join_port
+from workers.logs import set_up_logging
 from workers.options import WorkerOptions
 from workers.server import WorkerServer
 
@@ -35,7 +35,7 @@ class WorkerActor:
     """One worker. Its methods run in the actor's event loop, and so does its gRPC server."""
 
     def __init__(self, options: ServeOptions, spec: WorkerSpec, toward: str) -> None:
-        logging.basicConfig(level=logging.INFO)
+        set_up_logging(options.log_format)
         self._process = WorkerProcess(uuid.uuid4().hex, os.getpid())
         self._options = options
         self._spec = spec
@@ -75,6 +75,8 @@ class WorkerActor:
                 threads=0 if spec.gpus else spec.cpus,
                 bias=options.bias,
                 name=name,
+                metrics_port=None if options.metrics_port is None else 0,
+                otlp_endpoint=options.otlp_endpoint,
             )
         )
         self._server = server

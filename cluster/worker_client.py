@@ -20,6 +20,7 @@ from cluster.job import (
     NodeDone,
     Sampling,
     TokenOut,
+    TransferStats,
     WorkerInfo,
     WorkerStats,
 )
@@ -59,6 +60,7 @@ class GrpcWorkerClient:
             dtype=info.dtype,
             calibrated=info.calibrated,
             max_distance=info.max_distance,
+            metrics_port=info.metrics_port,
         )
 
     async def stats(self) -> WorkerStats:
@@ -81,6 +83,12 @@ class GrpcWorkerClient:
             resident_bytes=stats.resident_bytes,
             accelerator_bytes=stats.accelerator_bytes,
             unix_seconds=stats.unix_seconds,
+            memory_budget_bytes=stats.memory_budget_bytes,
+            reserved_bytes=stats.reserved_bytes,
+            transfers=[
+                TransferStats(one.peer, one.transport, one.received_bytes, one.seconds)
+                for one in stats.transfers
+            ],
         )
 
     async def run_subtree(self, job: Job, node: NodeId, attempt: int) -> AsyncIterator[NodeDone]:
@@ -92,7 +100,9 @@ class GrpcWorkerClient:
             context_ids=job.context_ids[top.context_start : top.context_end],
         )
         with self._errors():
-            async for done in self._stub.RunSubtree(request):
+            async for done in self._stub.RunSubtree(
+                request, metadata=job.spans.above(node) if job.spans else None
+            ):
                 yield NodeDone(
                     node=NodeId(done.node.height, done.node.index),
                     context_in=done.context_tokens_in,
@@ -114,7 +124,9 @@ class GrpcWorkerClient:
             ],
         )
         with self._errors():
-            done = await self._stub.Merge(request)
+            done = await self._stub.Merge(
+                request, metadata=job.spans.below(node) if job.spans else None
+            )
         return MergeDone(
             node=node,
             context_in=done.context_tokens_in,
@@ -158,7 +170,9 @@ class GrpcWorkerClient:
             sampling=wire_sampling(job.sampling),
         )
         with self._errors():
-            async for event in self._stub.GenerateTokens(request):
+            async for event in self._stub.GenerateTokens(
+                request, metadata=job.spans.below(None) if job.spans else None
+            ):
                 match event.WhichOneof("event"):
                     case "cache_ready":
                         ready = event.cache_ready

@@ -67,18 +67,6 @@ class WorkerMetrics:
             buckets=BATCH_BUCKETS,
             registry=self.registry,
         )
-        self._transfer_bytes = Counter(
-            "homer_worker_transfer_bytes",
-            "Bytes of tensor streams received, by the worker that sent them and how they came.",
-            ["peer", "transport"],
-            registry=self.registry,
-        )
-        self._transfer_seconds = Counter(
-            "homer_worker_transfer_seconds",
-            "Seconds from asking for a tensor stream to its end; streams at once count each.",
-            ["peer", "transport"],
-            registry=self.registry,
-        )
 
     def leaf_done(self, tokens: int, seconds: float) -> None:
         """A leaf of `tokens` context tokens was computed."""
@@ -92,11 +80,6 @@ class WorkerMetrics:
     def decode_step(self, answers: int) -> None:
         """Each of `answers` answers got a token in one step."""
         self._decode_batch_size.observe(answers)
-
-    def transfer(self, peer: str, transport: str, received_bytes: int, seconds: float) -> None:
-        """A tensor stream from the worker at `peer` is over, well or not."""
-        self._transfer_bytes.labels(peer, transport).inc(received_bytes)
-        self._transfer_seconds.labels(peer, transport).inc(seconds)
 
 
 class _StatsCollector(Collector):
@@ -122,9 +105,26 @@ class _StatsCollector(Collector):
         yield CounterMetricFamily(
             "homer_worker_sent_bytes", "Bytes of tensor streams sent.", stats.sent_bytes
         )
+        by = ["peer", "transport"]
+        received = CounterMetricFamily(
+            "homer_worker_transfer_bytes",
+            "Bytes of tensor streams received, by the worker that sent them and how they came.",
+            labels=by,
+        )
+        seconds = CounterMetricFamily(
+            "homer_worker_transfer_seconds",
+            "Seconds from asking for a tensor stream to its end; streams at once count each.",
+            labels=by,
+        )
+        for one in stats.transfers:
+            received.add_metric([one.peer, one.transport], one.received_bytes)
+            seconds.add_metric([one.peer, one.transport], one.seconds)
+        yield received
+        yield seconds
         memory = GaugeMetricFamily(
             "homer_worker_memory_bytes",
-            "Memory: resident and accelerator are the process's own, the rest is part of them.",
+            "Memory: resident and accelerator are the process's own, kv_shards and states parts of "
+            "them, budget is what requests may take, reserved what is promised to those that run.",
             labels=["kind"],
         )
         for kind, value in memory_kinds(stats).items():
@@ -139,6 +139,8 @@ def memory_kinds(stats: Any) -> dict[str, int]:
         "accelerator": stats.accelerator_bytes,
         "kv_shards": stats.kv_shard_bytes,
         "states": stats.state_bytes,
+        "budget": stats.memory_budget_bytes,
+        "reserved": stats.reserved_bytes,
     }
 
 
@@ -169,6 +171,7 @@ class MetricsPort:
                 "--metrics-port, or 0 for any free one"
             ) from error
         self.port: int = self._server.server_port
+        self.address = f"{host}:{self.port}"
 
     def close(self) -> None:
         """Stop serving."""

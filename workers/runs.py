@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -47,6 +47,13 @@ class Counters:
     leaves_done: int = 0
     merges_done: int = 0
     generated_tokens: int = 0
+    # Bytes and seconds of what was received, by peer and transport.
+    transfers: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)
+
+    def add_transfer(self, peer: str, transport: str, received_bytes: int, seconds: float) -> None:
+        """A tensor stream from the worker at `peer` is over, well or not."""
+        before = self.transfers.get((peer, transport), (0, 0.0))
+        self.transfers[peer, transport] = (before[0] + received_bytes, before[1] + seconds)
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,10 @@ class Runner:
         self.metrics.merge_done(node_id.height, ran.seconds)
         if any(addresses):
             self.tracing.record(
-                "transfer", transfer_began, transfer_seconds, received_bytes=received[0]
+                "transfer",
+                transfer_began,
+                transfer_seconds,
+                attributes={"received_bytes": received[0]},
             )
         self.tracing.record("compute", ran.started_unix_seconds, ran.seconds)
         kept = ran.state.context_indices
@@ -239,7 +249,9 @@ class Runner:
             decode_seconds=time.perf_counter() - started,
             started_unix_seconds=began,
         )
-        self.tracing.record("decode", began, summary.decode_seconds, tokens=count)
+        self.tracing.record(
+            "decode", began, summary.decode_seconds, attributes={"tokens.out": count}
+        )
         emit(worker_pb2.GenerateTokensResponse(summary=summary))
 
     async def _cache_ready(
@@ -275,7 +287,10 @@ class Runner:
         ready.started_unix_seconds = began
         ready.received_bytes = gather.received_bytes
         self.tracing.record(
-            "gather", began, gathered - started, received_bytes=gather.received_bytes
+            "gather",
+            began,
+            gathered - started,
+            attributes={"received_bytes": gather.received_bytes},
         )
         self.tracing.record("refresh", began + gathered - started, ended - gathered)
         return ready

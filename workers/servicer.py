@@ -76,7 +76,7 @@ class WorkerServicer:
         self._metrics_port = 0
         self._store = Store()
         self._counters = Counters()
-        self._peers = PeerPool(self._received, metrics.transfer)
+        self._peers = PeerPool(self._received, self._counters.add_transfer)
         self._runner: Runner | None = None
         self._draining = False
         self._running_calls = 0
@@ -292,6 +292,12 @@ class WorkerServicer:
             resident_bytes=resident_bytes(),
             accelerator_bytes=accelerator_bytes(),
             unix_seconds=time.time(),
+            transfers=[
+                worker_pb2.TransferStats(
+                    peer=peer, transport=transport, received_bytes=received, seconds=seconds
+                )
+                for (peer, transport), (received, seconds) in self._counters.transfers.items()
+            ],
         )
 
     @property

@@ -42,7 +42,7 @@ class SubtreeSpans:
         if not node.is_leaf:
             self._tracing.record("compute", started, seconds, span)
         del self._open[node.id]
-        self._tracing.end(span, started + seconds)
+        self._tracing.end(span, ended=started + seconds)
 
     def _span(self, node: PlanNode, started: float) -> Any:
         if node.id not in self._open:
@@ -50,7 +50,7 @@ class SubtreeSpans:
             if node.id != self._top:
                 parent = self._span(self._plan.by_id[self._plan.parents[node.id]], started)
             self._open[node.id] = self._tracing.start(
-                "leaf" if node.is_leaf else "merge", parent, started, **node_attributes(node)
+                "leaf" if node.is_leaf else "merge", parent, node_attributes(node), started
             )
         return self._open[node.id]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ Metadata = Sequence[tuple[str, str]]
 
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 SCOPE = "homer"
+
+_NOTHING: Mapping[str, Any] = {}
 
 # The span under which the running task works, as an OpenTelemetry context.
 _parent: ContextVar[Any] = ContextVar("homer_trace_parent", default=None)
@@ -54,7 +56,11 @@ class Tracing:
         _parent.set(_propagator().extract(carrier))
 
     def start(
-        self, name: str, parent: Span | None, started: float | None = None, **attributes: Any
+        self,
+        name: str,
+        parent: Span | None,
+        attributes: Mapping[str, Any],
+        started: float | None = None,
     ) -> Span | None:
         """A span below `parent`, or below what this task follows; end it with `end`."""
         if self._tracer is None:
@@ -69,9 +75,10 @@ class Tracing:
     def end(
         self,
         span: Span | None,
+        attributes: Mapping[str, Any] = _NOTHING,
+        *,
         ended: float | None = None,
         error: str | None = None,
-        **attributes: Any,
     ) -> None:
         """End a span now or at `ended`, well or with what went wrong."""
         if span is None:
@@ -89,10 +96,10 @@ class Tracing:
         started: float,
         seconds: float,
         parent: Span | None = None,
-        **attributes: Any,
+        attributes: Mapping[str, Any] = _NOTHING,
     ) -> None:
         """A span of something that is over."""
-        self.end(self.start(name, parent, started, **attributes), started + seconds)
+        self.end(self.start(name, parent, attributes, started), ended=started + seconds)
 
     def metadata(self, parent: Span | None) -> Metadata:
         """What a gRPC call under `parent` carries."""
@@ -177,7 +184,7 @@ def _context(span: Span) -> Context:
     return set_span_in_context(span)
 
 
-def _names(attributes: dict[str, Any]) -> dict[str, Any]:
+def _names(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {f"homer.{name}": value for name, value in attributes.items() if value is not None}
 
 

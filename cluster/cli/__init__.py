@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import bench, calibrate, generate, plan, serve
+from cluster.cli import bench, calibrate, generate, plan, serve, status, trace
 from cluster.errors import PlacementError, ServiceError
 from homer import __version__
 from homer.errors import (
@@ -24,7 +24,7 @@ EXIT_MISTAKE = 2
 EXIT_NO_SERVICE = 3
 
 _MISTAKES = (BiasError, ConfigError, ModelError, PlanError, PromptError)
-_MISTAKE_CODES = ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
+_MISTAKE_CODES = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND")
 
 app = typer.Typer(
     name="homer",
@@ -36,6 +36,8 @@ app = typer.Typer(
 )
 app.command()(serve.serve)
 app.command()(generate.generate)
+app.command()(status.status)
+app.command()(trace.trace)
 app.command()(plan.plan)
 app.command()(calibrate.calibrate)
 app.add_typer(bench.app, name="bench")

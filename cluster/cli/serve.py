@@ -43,6 +43,9 @@ def serve(
     labels: settings.Labels = None,
     worker_host: settings.WorkerHost = DEFAULTS.worker_host,
     placement_timeout: settings.PlacementTimeout = DEFAULTS.placement_timeout_seconds,
+    log_format: settings.LogFormat = DEFAULTS.log_format,
+    metrics_port: settings.MetricsPort = DEFAULTS.metrics_port,
+    otlp_endpoint: settings.OtlpEndpoint = DEFAULTS.otlp_endpoint,
     max_chunk_len: settings.MaxChunkLen = None,
     target_len: settings.TargetLen = None,
     warmup_layers: settings.WarmupLayers = None,
@@ -90,6 +93,9 @@ def serve(
         limits=Limits(context_tokens=max_context_tokens),
         placement_timeout_seconds=placement_timeout,
         grace_seconds=grace_seconds,
+        log_format=log_format,
+        metrics_port=metrics_port,
+        otlp_endpoint=otlp_endpoint,
     )
     try:
         with (

@@ -21,6 +21,7 @@ DEFAULTS = ServeOptions(model="")
 
 _CLUSTER = "Cluster"
 _PLACEMENT = "Where workers go, and how many"
+_SEEING = "Seeing it"
 _COMPRESSION = "Compression (by default what homer.json beside the model says)"
 
 Workers = Annotated[int, typer.Option(help="Worker processes.", min=1, rich_help_panel=_CLUSTER)]
@@ -40,6 +41,8 @@ Address = Annotated[
         rich_help_panel=_CLUSTER,
     ),
 ]
+DEFAULT_SERVER = f"{DEFAULTS.host}:{DEFAULTS.port}"
+Server = Annotated[str, typer.Option(help="The running service: host:port.")]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -164,6 +167,28 @@ WorkerHost = Annotated[
         help="Network (10.1.0.0/16) or interface (eth1) on which workers are reached; else the "
         "address of their node that routes to the coordinator.",
         rich_help_panel=_PLACEMENT,
+    ),
+]
+LogFormat = Annotated[
+    str,
+    typer.Option(help="Log lines as text, or json: one object per line.", rich_help_panel=_SEEING),
+]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        help="Serve Prometheus metrics on this port of --host, 0: any free one; and let each "
+        "worker serve its own on any free port. By default there are none.",
+        min=0,
+        max=65535,
+        rich_help_panel=_SEEING,
+    ),
+]
+OtlpEndpoint = Annotated[
+    str,
+    typer.Option(
+        help="OpenTelemetry collector for spans, like http://127.0.0.1:4317.",
+        envvar="OTEL_EXPORTER_OTLP_ENDPOINT",
+        rich_help_panel=_SEEING,
     ),
 ]
 MaxChunkLen = Annotated[

@@ -9,6 +9,32 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORKER_STATE_UNSPECIFIED: _ClassVar[WorkerState]
+    WORKER_STATE_IDLE: _ClassVar[WorkerState]
+    WORKER_STATE_BUSY: _ClassVar[WorkerState]
+    WORKER_STATE_DRAINING: _ClassVar[WorkerState]
+    WORKER_STATE_SILENT: _ClassVar[WorkerState]
+
+class RequestStage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REQUEST_STAGE_UNSPECIFIED: _ClassVar[RequestStage]
+    REQUEST_STAGE_QUEUED: _ClassVar[RequestStage]
+    REQUEST_STAGE_TREE: _ClassVar[RequestStage]
+    REQUEST_STAGE_GATHER: _ClassVar[RequestStage]
+    REQUEST_STAGE_DECODE: _ClassVar[RequestStage]
+WORKER_STATE_UNSPECIFIED: WorkerState
+WORKER_STATE_IDLE: WorkerState
+WORKER_STATE_BUSY: WorkerState
+WORKER_STATE_DRAINING: WorkerState
+WORKER_STATE_SILENT: WorkerState
+REQUEST_STAGE_UNSPECIFIED: RequestStage
+REQUEST_STAGE_QUEUED: RequestStage
+REQUEST_STAGE_TREE: RequestStage
+REQUEST_STAGE_GATHER: RequestStage
+REQUEST_STAGE_DECODE: RequestStage
+
 class TextPrompt(_message.Message):
     __slots__ = ("prefix", "context", "suffix")
     PREFIX_FIELD_NUMBER: _ClassVar[int]
@@ -193,7 +219,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerWorker(_message.Message):
-    __slots__ = ("name", "address", "device", "ready", "requests", "state_bytes", "kv_shard_bytes")
+    __slots__ = ("name", "address", "device", "ready", "requests", "state_bytes", "kv_shard_bytes", "state", "resident_bytes", "accelerator_bytes", "memory_budget_bytes", "reserved_bytes", "leaves_done", "merges_done", "generated_tokens", "clock_ahead_seconds", "metrics_address")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +227,16 @@ class ServerWorker(_message.Message):
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_SHARD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_DONE_FIELD_NUMBER: _ClassVar[int]
+    MERGES_DONE_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_AHEAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: str
     device: str
@@ -208,10 +244,42 @@ class ServerWorker(_message.Message):
     requests: int
     state_bytes: int
     kv_shard_bytes: int
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., ready: _Optional[bool] = ..., requests: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ...) -> None: ...
+    state: WorkerState
+    resident_bytes: int
+    accelerator_bytes: int
+    memory_budget_bytes: int
+    reserved_bytes: int
+    leaves_done: int
+    merges_done: int
+    generated_tokens: int
+    clock_ahead_seconds: float
+    metrics_address: str
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., ready: _Optional[bool] = ..., requests: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., leaves_done: _Optional[int] = ..., merges_done: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., clock_ahead_seconds: _Optional[float] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+
+class RequestStatus(_message.Message):
+    __slots__ = ("request_id", "stage", "prompt_tokens", "leaves_done", "leaves_total", "merges_done", "merges_total", "generated_tokens", "seconds")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_DONE_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    MERGES_DONE_FIELD_NUMBER: _ClassVar[int]
+    MERGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    stage: RequestStage
+    prompt_tokens: int
+    leaves_done: int
+    leaves_total: int
+    merges_done: int
+    merges_total: int
+    generated_tokens: int
+    seconds: float
+    def __init__(self, request_id: _Optional[str] = ..., stage: _Optional[_Union[RequestStage, str]] = ..., prompt_tokens: _Optional[int] = ..., leaves_done: _Optional[int] = ..., leaves_total: _Optional[int] = ..., merges_done: _Optional[int] = ..., merges_total: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("model", "homer_version", "num_layers", "model_window", "max_context_tokens", "max_chunk_len", "target_len", "warmup_layers", "calibrated", "workers", "running_requests", "queued_requests")
+    __slots__ = ("model", "homer_version", "num_layers", "model_window", "max_context_tokens", "max_chunk_len", "target_len", "warmup_layers", "calibrated", "workers", "running_requests", "queued_requests", "queued_tokens", "requests", "metrics_address")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     HOMER_VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +292,9 @@ class GetServerInfoResponse(_message.Message):
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     model: str
     homer_version: str
     num_layers: int
@@ -236,4 +307,89 @@ class GetServerInfoResponse(_message.Message):
     workers: _containers.RepeatedCompositeFieldContainer[ServerWorker]
     running_requests: int
     queued_requests: int
-    def __init__(self, model: _Optional[str] = ..., homer_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., model_window: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_chunk_len: _Optional[int] = ..., target_len: _Optional[int] = ..., warmup_layers: _Optional[int] = ..., calibrated: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[ServerWorker, _Mapping]]] = ..., running_requests: _Optional[int] = ..., queued_requests: _Optional[int] = ...) -> None: ...
+    queued_tokens: int
+    requests: _containers.RepeatedCompositeFieldContainer[RequestStatus]
+    metrics_address: str
+    def __init__(self, model: _Optional[str] = ..., homer_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., model_window: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_chunk_len: _Optional[int] = ..., target_len: _Optional[int] = ..., warmup_layers: _Optional[int] = ..., calibrated: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[ServerWorker, _Mapping]]] = ..., running_requests: _Optional[int] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[RequestStatus, _Mapping]]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+
+class GetTraceRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class GetTraceResponse(_message.Message):
+    __slots__ = ("request_id", "outcome", "prompt_tokens", "leaves", "merges", "generated_tokens", "queued_unix_seconds", "started_unix_seconds", "first_token_unix_seconds", "ended_unix_seconds", "now_unix_seconds", "slices")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_FIELD_NUMBER: _ClassVar[int]
+    MERGES_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NOW_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    outcome: str
+    prompt_tokens: int
+    leaves: int
+    merges: int
+    generated_tokens: int
+    queued_unix_seconds: float
+    started_unix_seconds: float
+    first_token_unix_seconds: float
+    ended_unix_seconds: float
+    now_unix_seconds: float
+    slices: _containers.RepeatedCompositeFieldContainer[TraceSlice]
+    def __init__(self, request_id: _Optional[str] = ..., outcome: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., merges: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., queued_unix_seconds: _Optional[float] = ..., started_unix_seconds: _Optional[float] = ..., first_token_unix_seconds: _Optional[float] = ..., ended_unix_seconds: _Optional[float] = ..., now_unix_seconds: _Optional[float] = ..., slices: _Optional[_Iterable[_Union[TraceSlice, _Mapping]]] = ...) -> None: ...
+
+class TraceNode(_message.Message):
+    __slots__ = ("height", "index")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    index: int
+    def __init__(self, height: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
+
+class TraceSlice(_message.Message):
+    __slots__ = ("kind", "worker", "node", "children", "started_unix_seconds", "seconds", "tokens_in", "tokens_out", "received_bytes", "lost")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[TraceSlice.Kind]
+        KIND_LEAF: _ClassVar[TraceSlice.Kind]
+        KIND_MERGE: _ClassVar[TraceSlice.Kind]
+        KIND_TRANSFER: _ClassVar[TraceSlice.Kind]
+        KIND_GATHER: _ClassVar[TraceSlice.Kind]
+        KIND_REFRESH: _ClassVar[TraceSlice.Kind]
+        KIND_DECODE: _ClassVar[TraceSlice.Kind]
+    KIND_UNSPECIFIED: TraceSlice.Kind
+    KIND_LEAF: TraceSlice.Kind
+    KIND_MERGE: TraceSlice.Kind
+    KIND_TRANSFER: TraceSlice.Kind
+    KIND_GATHER: TraceSlice.Kind
+    KIND_REFRESH: TraceSlice.Kind
+    KIND_DECODE: TraceSlice.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    CHILDREN_FIELD_NUMBER: _ClassVar[int]
+    STARTED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_IN_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_OUT_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    kind: TraceSlice.Kind
+    worker: str
+    node: TraceNode
+    children: _containers.RepeatedCompositeFieldContainer[TraceNode]
+    started_unix_seconds: float
+    seconds: float
+    tokens_in: int
+    tokens_out: int
+    received_bytes: int
+    lost: bool
+    def __init__(self, kind: _Optional[_Union[TraceSlice.Kind, str]] = ..., worker: _Optional[str] = ..., node: _Optional[_Union[TraceNode, _Mapping]] = ..., children: _Optional[_Iterable[_Union[TraceNode, _Mapping]]] = ..., started_unix_seconds: _Optional[float] = ..., seconds: _Optional[float] = ..., tokens_in: _Optional[int] = ..., tokens_out: _Optional[int] = ..., received_bytes: _Optional[int] = ..., lost: _Optional[bool] = ...) -> None: ...

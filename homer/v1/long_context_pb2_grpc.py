@@ -45,6 +45,11 @@ class LongContextStub:
                 request_serializer=homer_dot_v1_dot_long__context__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=homer_dot_v1_dot_long__context__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
+        self.GetTrace = channel.unary_unary(
+                '/homer.v1.LongContext/GetTrace',
+                request_serializer=homer_dot_v1_dot_long__context__pb2.GetTraceRequest.SerializeToString,
+                response_deserializer=homer_dot_v1_dot_long__context__pb2.GetTraceResponse.FromString,
+                _registered_method=True)
 
 
 class LongContextServicer:
@@ -59,7 +64,16 @@ class LongContextServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The model, the settings, the workers, and what they do now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTrace(self, request, context):
+        """What happened when and where for one request, running or one of the last that ended. NOT_FOUND where
+        it is not known, or not any more.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -76,6 +90,11 @@ def add_LongContextServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=homer_dot_v1_dot_long__context__pb2.GetServerInfoRequest.FromString,
                     response_serializer=homer_dot_v1_dot_long__context__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'GetTrace': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTrace,
+                    request_deserializer=homer_dot_v1_dot_long__context__pb2.GetTraceRequest.FromString,
+                    response_serializer=homer_dot_v1_dot_long__context__pb2.GetTraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,6 +152,33 @@ class LongContext:
             '/homer.v1.LongContext/GetServerInfo',
             homer_dot_v1_dot_long__context__pb2.GetServerInfoRequest.SerializeToString,
             homer_dot_v1_dot_long__context__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/homer.v1.LongContext/GetTrace',
+            homer_dot_v1_dot_long__context__pb2.GetTraceRequest.SerializeToString,
+            homer_dot_v1_dot_long__context__pb2.GetTraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -325,8 +325,20 @@ class GetWorkerStatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class TransferStats(_message.Message):
+    __slots__ = ("peer", "transport", "received_bytes", "seconds")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    transport: str
+    received_bytes: int
+    seconds: float
+    def __init__(self, peer: _Optional[str] = ..., transport: _Optional[str] = ..., received_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class GetWorkerStatsResponse(_message.Message):
-    __slots__ = ("requests", "node_states", "kv_shards", "state_bytes", "kv_shard_bytes", "running_calls", "sent_bytes", "received_bytes", "leaves_done", "merges_done", "generated_tokens", "resident_bytes", "accelerator_bytes", "unix_seconds", "memory_budget_bytes", "reserved_bytes")
+    __slots__ = ("requests", "node_states", "kv_shards", "state_bytes", "kv_shard_bytes", "running_calls", "sent_bytes", "received_bytes", "leaves_done", "merges_done", "generated_tokens", "resident_bytes", "accelerator_bytes", "unix_seconds", "transfers", "memory_budget_bytes", "reserved_bytes")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NODE_STATES_FIELD_NUMBER: _ClassVar[int]
     KV_SHARDS_FIELD_NUMBER: _ClassVar[int]
@@ -341,6 +353,7 @@ class GetWorkerStatsResponse(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     ACCELERATOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     requests: int
@@ -357,6 +370,7 @@ class GetWorkerStatsResponse(_message.Message):
     resident_bytes: int
     accelerator_bytes: int
     unix_seconds: float
+    transfers: _containers.RepeatedCompositeFieldContainer[TransferStats]
     memory_budget_bytes: int
     reserved_bytes: int
-    def __init__(self, requests: _Optional[int] = ..., node_states: _Optional[int] = ..., kv_shards: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ..., running_calls: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., leaves_done: _Optional[int] = ..., merges_done: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., unix_seconds: _Optional[float] = ..., memory_budget_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, requests: _Optional[int] = ..., node_states: _Optional[int] = ..., kv_shards: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ..., running_calls: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., leaves_done: _Optional[int] = ..., merges_done: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., unix_seconds: _Optional[float] = ..., transfers: _Optional[_Iterable[_Union[TransferStats, _Mapping]]] = ..., memory_budget_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...

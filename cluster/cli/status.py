@@ -1,0 +1,76 @@
+"""`homer status`: the workers of a service, its queue, and what runs now."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any
+
+import typer
+
+from cluster.cli import settings
+
+
+def status(
+    server: settings.Server = settings.DEFAULT_SERVER,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
+    interval: Annotated[
+        float, typer.Option(help="Seconds between two looks with --watch.", min=0.1)
+    ] = 1.0,
+) -> None:
+    """Show the workers of a running service, their load and memory, the queue, and its requests."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from cluster.cli.status_view import status_view
+    from cluster.client import HomerClient
+
+    console = Console()
+    with HomerClient(server) as client:
+        if not watch:
+            info = client.server_info()
+            if as_json:
+                typer.echo(json.dumps(_as_json(info)))
+            else:
+                console.print(status_view(info, server))
+            return
+        try:
+            if as_json:
+                while True:
+                    typer.echo(json.dumps(_as_json(client.server_info())))
+                    time.sleep(interval)
+            with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+                while True:
+                    live.update(status_view(client.server_info(), server), refresh=True)
+                    time.sleep(interval)
+        except KeyboardInterrupt:
+            return
+
+
+def _as_json(info: Any) -> dict[str, Any]:
+    """The fields of `homer.v1.GetServerInfoResponse` by their names, zeros included."""
+    from google.protobuf.json_format import MessageToDict
+
+    fields = MessageToDict(
+        info, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return _plain(fields)
+
+
+def _plain(value: Any) -> Any:
+    """JSON from protobuf writes 64-bit integers as text, and enums with their type before them."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {
+            name: int(one)
+            if isinstance(one, str) and name.endswith(("_bytes", "_tokens", "_done"))
+            else _plain(one)
+            for name, one in value.items()
+        }
+    if isinstance(value, str):
+        for prefix in ("WORKER_STATE_", "REQUEST_STAGE_"):
+            if value.startswith(prefix):
+                return value.removeprefix(prefix).lower()
+    return value

@@ -1,0 +1,40 @@
+"""`homer trace`: one request's timeline over all workers, for Perfetto or Chrome."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.cli import settings
+from homer.errors import PromptError
+
+
+def trace(
+    request_id: Annotated[
+        str, typer.Argument(help="The request: as you named it, or as the service did.")
+    ],
+    server: settings.Server = settings.DEFAULT_SERVER,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("trace.json"),
+) -> None:
+    """Write the timeline of one request, running or of the last 256, as a Chrome/Perfetto trace.
+
+    Open the file at https://ui.perfetto.dev or chrome://tracing.
+    """
+    from cluster.chrome_trace import chrome_trace
+    from cluster.client import HomerClient
+
+    with HomerClient(server) as client:
+        answer = client.trace(request_id)
+    try:
+        out.write_text(json.dumps(chrome_trace(answer)) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise PromptError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+    workers = {one.worker for one in answer.slices}
+    typer.echo(
+        f"{out}: request {answer.request_id} ({answer.outcome or 'running'}), "
+        f"{len(answer.slices)} slices on {len(workers)} worker(s); open it at "
+        "https://ui.perfetto.dev"
+    )
