@@ -51,7 +51,7 @@ class Job:
     """One request: a plan and the token ids that it is for.
 
     Of two requests that wait, the one of higher `priority` goes first; each also rises with its
-    age.
+    age. Workers may report finished nodes together, up to `report_seconds` after each other.
     """
 
     request_id: str
@@ -63,6 +63,7 @@ class Job:
     priority: int = 0
     # What traces it, where something does.
     spans: JobSpans | None = field(default=None, compare=False, repr=False)
+    report_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

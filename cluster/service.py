@@ -31,6 +31,7 @@ from homer.plan import MergePlan
 from workers.logs import log_about
 
 MAX_REQUEST_ID_LENGTH = 128
+REPORT_SECONDS_PER_WORKER = 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +196,15 @@ class LongContextService:
         )
         # Workers refuse an id that was released before; a user may repeat theirs.
         job_id = f"{request_id}-{uuid.uuid4().hex}" if request.request_id else request_id
-        spans = self.seeing.spans(job_id, plan)
-        return Job(job_id, plan, *prompt, sampling=request.sampling, spans=spans)
+        return Job(
+            job_id,
+            plan,
+            *prompt,
+            sampling=request.sampling,
+            spans=self.seeing.spans(job_id, plan),
+            # All workers together report no more than a few hundred times a second.
+            report_seconds=REPORT_SECONDS_PER_WORKER * len(self.scheduler.workers),
+        )
 
     def _tokenize(self, prompt: TextPrompt) -> PromptIds:
         if self._tokenizer is None:

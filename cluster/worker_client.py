@@ -98,18 +98,20 @@ class GrpcWorkerClient:
             node=write_node(node),
             attempt=attempt,
             context_ids=job.context_ids[top.context_start : top.context_end],
+            report_seconds=job.report_seconds,
         )
         with self._errors():
-            async for done in self._stub.RunSubtree(
+            async for message in self._stub.RunSubtree(
                 request, metadata=job.spans.above(node) if job.spans else None
             ):
-                yield NodeDone(
-                    node=NodeId(done.node.height, done.node.index),
-                    context_in=done.context_tokens_in,
-                    context_out=done.context_tokens_out,
-                    seconds=done.compute_seconds,
-                    started_unix_seconds=done.started_unix_seconds,
-                )
+                for done in (*message.before, message):
+                    yield NodeDone(
+                        node=NodeId(done.node.height, done.node.index),
+                        context_in=done.context_tokens_in,
+                        context_out=done.context_tokens_out,
+                        seconds=done.compute_seconds,
+                        started_unix_seconds=done.started_unix_seconds,
+                    )
 
     async def merge(
         self, job: Job, node: NodeId, attempt: int, children: Sequence[tuple[NodeId, str]]

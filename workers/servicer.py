@@ -32,6 +32,7 @@ from homer.encode import TreeEncoder
 from homer.errors import HomerError, PromptError, StateError
 from homer.plan import NodeId, PlanNode
 from homer.v1 import tensor_pb2, worker_pb2
+from workers.bundle import bundled
 from workers.engine import Engine, LoadedModel
 from workers.errors import (
     NotReadyError,
@@ -122,7 +123,7 @@ class WorkerServicer:
             ids = self._stack.check_ids("context_ids", given)
             work = partial(self._worker.run_subtree, held, node.id, ids)
             async with aclosing(self._follow(held, "node", node.id, request.attempt, work)) as job:
-                async for event in job:
+                async for event in bundled(job, request.node, request.report_seconds):
                     yield event
 
     async def Merge(  # noqa: N802

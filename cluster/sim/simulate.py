@@ -17,6 +17,7 @@ from cluster.job import Job, Sampling, TokenOut
 from cluster.observer import Observer
 from cluster.scheduler import Scheduler
 from cluster.scheduler_options import SchedulerOptions
+from cluster.service import REPORT_SECONDS_PER_WORKER
 from cluster.sim.costs import Costs
 from cluster.sim.loop import run_virtual
 from cluster.sim.network import Network, NetworkOptions
@@ -166,6 +167,7 @@ class _Simulation:
             context_ids=range(plan.context_len),
             suffix_ids=range(plan.suffix_len),
             sampling=Sampling(max_new_tokens=self._scenario.new_tokens),
+            report_seconds=REPORT_SECONDS_PER_WORKER * self._scenario.workers,
         )
         loop, first = asyncio.get_running_loop(), 0.0
         submitted = loop.time()

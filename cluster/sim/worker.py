@@ -82,17 +82,23 @@ class SimWorker:
             call.cancel()
 
     async def run_subtree(self, job: Job, node: NodeId, attempt: int) -> AsyncIterator[NodeDone]:
-        async def work(emit: Callable[[NodeDone], None]) -> None:
+        async def work(emit: Callable[[list[NodeDone]], None]) -> None:
             await self._begin(job)
+            loop = asyncio.get_running_loop()
+            sent, waiting = loop.time(), []
             for part in job.plan.subtree(node):
                 seconds = self._pool.costs.node_seconds(job.plan, part)
                 await self._run(seconds)
                 self._held[job.request_id][part.id] = part
-                emit(_done(part, seconds))
+                waiting.append(_done(part, seconds))
+                if part.id == node or loop.time() - sent >= job.report_seconds:
+                    emit(waiting)
+                    sent, waiting = loop.time(), []
 
-        async with aclosing(cast(Any, self._follow(work))) as events:
-            async for event in events:
-                yield event
+        async with aclosing(cast(Any, self._follow(work))) as messages:
+            async for message in messages:
+                for done in message:
+                    yield done
 
     async def merge(
         self, job: Job, node: NodeId, attempt: int, children: Sequence[tuple[NodeId, str]]
