@@ -34,6 +34,8 @@ _HELP = {
     "name": "what it is called in logs and spans",
     "log_format": "text, or json: one object per line",
     "metrics_port": "port of its Prometheus metrics; 0 takes a free one; by default there is none",
+    "transport": "auto: tensors of workers of this machine come through shared memory; or grpc",
+    "peer_stall_seconds": "how long another worker may send nothing while it is waited for",
     "otlp_endpoint": "OpenTelemetry collector for spans, like http://127.0.0.1:4317",
 }
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from homer.errors import ConfigError
 
+TRANSPORTS = ("auto", "grpc")
+STALL_SECONDS = 30.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
@@ -36,6 +39,11 @@ class WorkerOptions:
         "text", or "json" for one object per line.
     metrics_port : int, optional
         Where Prometheus finds its metrics; 0 is any free port, None is nowhere.
+    transport : str
+        How tensors come from workers of the same machine: "auto" is through shared memory where
+        both ends can, "grpc" never.
+    peer_stall_seconds : float
+        How long another worker may send nothing while it is waited for.
     otlp_endpoint : str
         The OpenTelemetry collector that gets its spans; by default the one that
         OTEL_EXPORTER_OTLP_ENDPOINT names, or none.
@@ -52,6 +60,8 @@ class WorkerOptions:
     name: str = ""
     log_format: str = "text"
     metrics_port: int | None = None
+    transport: str = "auto"
+    peer_stall_seconds: float = STALL_SECONDS
     otlp_endpoint: str = ""
 
     def __post_init__(self) -> None:
@@ -61,3 +71,7 @@ class WorkerOptions:
             raise ConfigError(f"threads is {self.threads}; use 1 or more, or 0 for the default")
         if self.grace_seconds < 0:
             raise ConfigError(f"grace_seconds is {self.grace_seconds}; use 0 or more")
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"transport is {self.transport!r}; use one of {list(TRANSPORTS)}")
+        if self.peer_stall_seconds <= 0:
+            raise ConfigError(f"peer_stall_seconds is {self.peer_stall_seconds}; use more than 0")

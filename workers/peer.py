@@ -20,6 +20,7 @@ from homer.v1 import tensor_pb2
 from workers.carrier import Inlet, MessageInlet, MessageOutlet, Outlet
 from workers.errors import BrokenStreamError, DamagedStreamError, PeerError
 from workers.frames import SMALL_BYTES, Packed, Piece
+from workers.options import STALL_SECONDS
 from workers.shared_ring import RingInlet, can_share, open_ring
 from workers.tensor_stream import Limits, NamedTensor, Spec, StreamReader, encode_stream
 from workers.transport import CHANNEL_OPTIONS, tensor_call
@@ -27,7 +28,6 @@ from workers.transport import CHANNEL_OPTIONS, tensor_call
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-STALL_SECONDS = 30.0
 # How often a stream is asked for that was damaged or broke off.
 ATTEMPTS = 3
 _RECEIVE_THREADS = 4

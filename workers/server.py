@@ -78,7 +78,7 @@ class WorkerServer:
         )
         loop = asyncio.get_running_loop()
         metrics = WorkerMetrics(lambda: self._stats(loop))
-        self._servicer = WorkerServicer(self._engine, metrics, self._tracing)
+        self._servicer = WorkerServicer(self.options, self._engine, metrics, self._tracing)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=SERVER_OPTIONS, interceptors=(CallContext(self._tracing),)

@@ -44,6 +44,7 @@ from workers.errors import (
 from workers.jobs import Job
 from workers.memory import accelerator_bytes, resident_bytes
 from workers.metrics import WorkerMetrics
+from workers.options import WorkerOptions
 from workers.peer import PeerPool, choose_outlet, send_tensors
 from workers.plan_wire import read_node
 from workers.runs import Counters, Runner, check_children
@@ -63,6 +64,7 @@ class WorkerServicer:
 
     Parameters
     ----------
+    options : WorkerOptions
     engine : Engine
     metrics : WorkerMetrics
     tracing : Tracing
@@ -70,14 +72,21 @@ class WorkerServicer:
     It answers work with UNAVAILABLE until `ready` is called, and again after `drain`.
     """
 
-    def __init__(self, engine: Engine, metrics: WorkerMetrics, tracing: Tracing) -> None:
+    def __init__(
+        self, options: WorkerOptions, engine: Engine, metrics: WorkerMetrics, tracing: Tracing
+    ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._tracing = tracing
         self._metrics_port = 0
         self._store = Store()
         self._counters = Counters()
-        self._peers = PeerPool(self._received, self._counters.add_transfer)
+        self._peers = PeerPool(
+            self._received,
+            self._counters.add_transfer,
+            stall_seconds=options.peer_stall_seconds,
+            share_memory=options.transport == "auto",
+        )
         self._runner: Runner | None = None
         self._draining = False
         self._running_calls = 0

@@ -80,14 +80,13 @@ async def run_campaign(
     questions: Sequence[Question],
     seed: int,
     log: IO[bytes],
-    *worker_options: str,
 ) -> Outcome:
     """Inject `faults` into workers on `hosts` while `questions` are asked again and again."""
     outcome = Outcome()
     started = time.monotonic()
     injector = Injector(faults, random.Random(seed))
     scheduler = Scheduler(options=OPTIONS, observer=_Retries(outcome.retries))
-    async with Fleet(scheduler, hosts, MODEL_DIR, injector.entered, log, *worker_options) as fleet:
+    async with Fleet(scheduler, hosts, MODEL_DIR, injector.entered, log) as fleet:
         enough = asyncio.Event()
         askers = [
             asyncio.create_task(_ask_on(scheduler, questions, f"{seed}-{number}", enough, outcome))

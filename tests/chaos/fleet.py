@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import itertools
 import logging
 import os
 import signal
@@ -21,12 +22,15 @@ from cluster.errors import WorkerCallError, WorkerLostError
 from cluster.scheduler import Scheduler
 from tests.chaos.hosts import Host
 from tests.chaos.watch import Entered, WatchedClient
+from workers.options import TRANSPORTS
 
 _log = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).parents[2]
 START_SECONDS = 120.0
 ANSWER_SECONDS = 2.0
+# A worker that others cannot reach is noticed while a fault lasts.
+PEER_STALL_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -41,6 +45,8 @@ class Seat:
         self.name = host.name
         self.client: WatchedClient | None = None
         self.process: asyncio.subprocess.Process | None = None
+        # The worker's own, which may be a child of what was started.
+        self.pid = 0
         # Set when the scheduler gave it up, whatever its process does.
         self.given_up = asyncio.Event()
         self._command = command
@@ -49,22 +55,18 @@ class Seat:
         self._incarnation = 0
 
     @property
-    def pid(self) -> int:
-        if self.process is None:
-            raise RuntimeError(f"{self.name} has no process")
-        return self.process.pid
-
-    @property
     def alive(self) -> bool:
         return self.process is not None and self.process.returncode is None
 
     def signal(self, number: int) -> None:
         """Send a signal, if there is still somebody to get it."""
-        if self.process is not None and self.process.returncode is None:
-            self.process.send_signal(number)
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     async def start(self) -> None:
         """Start a process, and connect to it."""
+        self.pid = 0
         self.process = await asyncio.create_subprocess_exec(
             *self.host.prefix,
             *self._command,
@@ -80,10 +82,11 @@ class Seat:
         line = await asyncio.wait_for(self.process.stdout.readline(), START_SECONDS)
         if not line:
             status = await self.process.wait()
-            if status == -signal.SIGKILL:
+            if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
                 return await self.start()
             raise RuntimeError(f"{self.name} ended with status {status}")
         words = dict(word.split("=", 1) for word in line.decode().split() if "=" in word)
+        self.pid = _innermost(self.process.pid)
         self._addresses = await self.host.expose(int(words["port"]))
         await self.connect()
 
@@ -102,9 +105,9 @@ class Seat:
 
     async def stop(self) -> None:
         await self.disconnect()
-        # A stopped process hears nothing else.
-        self.signal(signal.SIGKILL)
-        if self.process is not None:
+        if self.process is not None and self.process.returncode is None:
+            # A stopped process hears nothing else.
+            self.signal(signal.SIGKILL) if self.pid else self.process.kill()
             await self.process.wait()
         await self.host.close()
 
@@ -131,12 +134,17 @@ class Fleet:
         model: Path,
         entered: Entered,
         log: IO[bytes],
-        *options: str,
     ) -> None:
         self._scheduler = scheduler
         command = [sys.executable, "-m", "workers", "--model", str(model), "--threads", "1"]
-        command += ["--device", "cpu", "--dtype", "float32", *options]
-        self.seats = [Seat(host, command, entered, log) for host in hosts]
+        command += ["--device", "cpu", "--dtype", "float32"]
+        command += ["--peer-stall-seconds", str(PEER_STALL_SECONDS)]
+        # Both ways for tensors to come, where there are both.
+        transports = [("--transport", name) for name in TRANSPORTS]
+        self.seats = [
+            Seat(host, [*command, *transport], entered, log)
+            for host, transport in zip(hosts, itertools.cycle(transports), strict=False)
+        ]
         self._tasks: list[asyncio.Task[None]] = []
         self.restarts = 0
         self.readmissions = 0
@@ -177,6 +185,8 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for seat in self.serving:
+            self._scheduler.lose_worker(seat.name, "the run is over")
         await asyncio.gather(*(seat.stop() for seat in self.seats))
 
     def check(self) -> None:
@@ -239,6 +249,13 @@ class Fleet:
     async def _ended(self, seat: Seat) -> None:
         assert seat.process is not None
         await seat.process.wait()
+
+
+def _innermost(pid: int) -> int:
+    """The process at the end of a chain of commands that each start the next."""
+    while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        (pid,) = map(int, children)
+    return pid
 
 
 def _die_with_parent() -> None:

@@ -13,7 +13,7 @@ from tests.chaos.faults import Kind
 from tests.chaos.link import LOOPBACK, Link
 
 SLOW_BYTES_PER_SECOND = 100_000.0
-FLIPS = 2
+FLIPS = 1
 
 
 class Host(Protocol):
@@ -32,7 +32,9 @@ class Host(Protocol):
         """Let its network fail, until `heal`."""
         ...
 
-    async def heal(self) -> None: ...
+    async def heal(self) -> bool:
+        """Let it be whole again; returns whether the failure was felt."""
+        ...
 
     async def close(self) -> None: ...
 
@@ -76,9 +78,11 @@ class LoopbackHost:
             case _:
                 raise ValueError(f"no network fails by {kind}")
 
-    async def heal(self) -> None:
+    async def heal(self) -> bool:
+        felt = not any(link.damages for link in self._links)
         for link in self._links:
             link.heal()
+        return felt
 
     async def close(self) -> None:
         links, self._links = self._links, []

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import random
 import signal
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -19,13 +20,14 @@ from tests.chaos.fleet import Fleet, Seat
 _log = logging.getLogger(__name__)
 
 # What is wrong with bytes or connections is over by itself; so long it may wait for its victim.
-TROUBLE_SECONDS = 2.0
+TROUBLE_SECONDS = 4.0
 # How long a phase is waited for; a recovery may not come of itself.
 PHASE_SECONDS = 20.0
 RECOVERY_SECONDS = 3.0
 SETTLED_SECONDS = 120.0
 # After so many phases that were over before the fault was due, it comes at once.
 MISSES = 8
+TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Injector:
 
     def __init__(self, faults: Sequence[Fault], draw: random.Random) -> None:
         self.done: list[Injected] = []
-        self._faults = faults
+        self._waiting = deque(faults)
+        self._tries: Counter[int] = Counter()
         self._draw = draw
         self._armed: _Armed | None = None
         self._afflicted: set[Seat] = set()
@@ -64,18 +67,34 @@ class Injector:
             armed.entered.set_result((worker, others))
 
     async def run(self, fleet: Fleet) -> None:
-        """Inject every fault, and wait until each is healed and every worker serves again."""
-        for fault in self._faults:
+        """Inject every fault, and wait until each is healed and every worker serves again.
+
+        One that was not felt, or whose phase did not come, is tried again.
+
+        Raises
+        ------
+        RuntimeError
+            When a fault cannot be done.
+        """
+        while self._waiting:
+            fault = self._waiting.popleft()
+            self._tries[fault.number] += 1
+            if self._tries[fault.number] > TRIES:
+                raise RuntimeError(f"{fault} was not felt in {TRIES} tries")
             recovers = fault.phase is Phase.RECOVERY
             if not recovers:
                 await self._settled(fleet, len(fleet.seats) - (fault.kind is not Kind.KILL_TWO))
-            if not await self._inject(fleet, fault) and recovers:
+            done = await self._inject(fleet, fault)
+            if not done and recovers:
                 # Nothing had to be recovered: begin with a loss.
                 await self._settled(fleet, len(fleet.seats) - 1)
                 opening = Fault(fault.number, Kind.KILL, Phase.LEAF, Role.ACTOR, 0.01)
                 await self._inject(fleet, opening)
-                await self._inject(fleet, fault)
-        await self.heal()
+                done = await self._inject(fleet, fault)
+            if not done:
+                self._waiting.append(fault)
+            if not self._waiting:
+                await self.heal()
         await self._settled(fleet, len(fleet.seats))
 
     async def heal(self) -> None:
@@ -114,7 +133,6 @@ class Injector:
                 victims = self._victims(fleet, fault, seat, others)
             if victims:
                 await self._do(fault, victims)
-                self.done.append(Injected(fault, fault.phase, tuple(v.name for v in victims)))
                 return True
         return False
 
@@ -141,19 +159,21 @@ class Injector:
         return victims
 
     async def _do(self, fault: Fault, victims: Sequence[Seat]) -> None:
-        _log.info("%s at %s: %s", fault, fault.phase, [victim.name for victim in victims])
+        injected = Injected(fault, fault.phase, tuple(victim.name for victim in victims))
+        _log.info("%s", injected)
+        self.done.append(injected)
         for seat in victims:
             match fault.kind:
                 case Kind.KILL | Kind.KILL_TWO:
                     seat.signal(signal.SIGKILL)
                 case Kind.PAUSE | Kind.HANG:
                     seat.signal(signal.SIGSTOP)
-                    self._later(seat, fault.seconds, signals=True)
+                    self._later(seat, injected, fault.seconds)
                 case _:
                     await seat.host.fail(fault.kind)
-                    self._later(seat, fault.seconds or TROUBLE_SECONDS, signals=False)
+                    self._later(seat, injected, fault.seconds or TROUBLE_SECONDS)
 
-    def _later(self, seat: Seat, seconds: float, *, signals: bool) -> None:
+    def _later(self, seat: Seat, injected: Injected, seconds: float) -> None:
         """Undo a fault after `seconds`."""
 
         async def heal() -> None:
@@ -161,10 +181,12 @@ class Injector:
                 await asyncio.sleep(seconds)
             finally:
                 self._afflicted.discard(seat)
-                if signals:
+                if injected.fault.kind in (Kind.PAUSE, Kind.HANG):
                     seat.signal(signal.SIGCONT)
-                else:
-                    await seat.host.heal()
+                elif not await seat.host.heal():
+                    _log.info("%s was not felt", injected)
+                    self.done.remove(injected)
+                    self._waiting.append(injected.fault)
 
         self._afflicted.add(seat)
         task = asyncio.create_task(heal())

@@ -49,6 +49,11 @@ class Link:
         """Turn over one bit in each of the next `flips` pieces of data."""
         self._flips = flips
 
+    @property
+    def damages(self) -> bool:
+        """Whether damage is still to be done."""
+        return self._flips > 0
+
     def heal(self) -> None:
         self._bytes_per_second = self._flips = 0
         self._whole.set()

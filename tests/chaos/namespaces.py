@@ -109,12 +109,16 @@ class NamespaceHost:
     def __init__(self, name: str, number: int) -> None:
         self.name = name
         self.number = number
-        self.listen = f"{SUBNET}.{number}"
-        self.prefix = ["ip", "netns", "exec", name]
+        self.address = f"{SUBNET}.{number}"
+        # Which of its interfaces, it finds out by itself.
+        self.listen = f"{SUBNET}.0/24"
+        # With processes of its own too: what other hosts have in memory cannot be reached from it.
+        self.inside = ["ip", "netns", "exec", name]
+        self.prefix = [*self.inside, "unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
         self._cable = f"lan-{number}"
 
     async def expose(self, port: int) -> tuple[str, str]:
-        address = f"{self.listen}:{port}"
+        address = f"{self.address}:{port}"
         return address, address
 
     async def fail(self, kind: Kind) -> None:
@@ -129,23 +133,23 @@ class NamespaceHost:
             case Kind.SLOW:
                 slow = ("root", "tbf", "rate", SLOW_RATE, "burst", "16kb", "latency", "500ms")
                 await do("tc", "qdisc", "replace", "dev", self._cable, *slow)
-                await do(*self.prefix, "tc", "qdisc", "replace", "dev", "lan", *slow)
+                await do(*self.inside, "tc", "qdisc", "replace", "dev", "lan", *slow)
             case _:
                 raise ValueError(f"no network fails by {kind}")
 
-    async def heal(self) -> None:
+    async def heal(self) -> bool:
         await do("ip", "link", "set", self._cable, "up")
-        await do(*self.prefix, "nft", f"add table {_TABLE}; delete table {_TABLE}")
-        for where in (("dev", self._cable),):
-            await do("tc", "qdisc", "replace", *where, "root", "pfifo")
-        await do(*self.prefix, "tc", "qdisc", "replace", "dev", "lan", "root", "pfifo")
+        await do(*self.inside, "nft", f"add table {_TABLE}; delete table {_TABLE}")
+        await do("tc", "qdisc", "replace", "dev", self._cable, "root", "pfifo")
+        await do(*self.inside, "tc", "qdisc", "replace", "dev", "lan", "root", "pfifo")
+        return True
 
     async def close(self) -> None:
         """Nothing: it goes with the network."""
 
     async def _filter(self, rule: str) -> None:
         await do(
-            *self.prefix,
+            *self.inside,
             "nft",
             f"add table {_TABLE}; add chain {_TABLE} in "
             "{ type filter hook input priority 0; }; "

@@ -66,7 +66,7 @@ async def probe() -> dict[str, dict[str, float | None]]:
     await network.open()
     asker = await network.add_host("asker")
     asked = await network.add_host("asked", interfaces=2)
-    server = await python(asked.prefix, _SERVER, asked.listen)
+    server = await python(asked.inside, _SERVER, asked.address)
     assert server.stdout is not None
     await server.stdout.readline()
     try:
@@ -86,7 +86,7 @@ async def probe() -> dict[str, dict[str, float | None]]:
 async def both(asker: NamespaceHost, asked: NamespaceHost) -> dict[str, float | None]:
     """An echo from the switch's own address, and one from another host."""
     coordinator, worker = await asyncio.gather(
-        echo([], asked.listen), echo(asker.prefix, asked.listen)
+        echo([], asked.address), echo(asker.inside, asked.address)
     )
     return {"coordinator": coordinator, "worker": worker}
 

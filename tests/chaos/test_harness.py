@@ -141,7 +141,7 @@ async def main():
     network = Network()
     await network.open()
     host = await network.add_host("left-behind")
-    await python(host.prefix, _SERVER, host.listen)
+    await python(host.prefix, _SERVER, host.address)
     print("up", flush=True)
     await asyncio.sleep(60)
 asyncio.run(main())

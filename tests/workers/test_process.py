@@ -12,6 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from homer.errors import ConfigError
 from tests.golden_cases import GoldenCase, model_dir
 from tests.workers.processes import (
     CALL_SECONDS,
@@ -167,6 +168,15 @@ def test_options_come_from_the_dataclass() -> None:
     assert parse_options(["--model", "m"]) == WorkerOptions(model="m")
     given = parse_options(["--model", "m", "--port", "7", "--bias", "b", "--grace-seconds", "1.5"])
     assert given == WorkerOptions(model="m", port=7, bias="b", grace_seconds=1.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"transport": "smoke"}, "use one of"), ({"peer_stall_seconds": 0.0}, "more than 0")],
+)
+def test_options_of_transfers_are_checked(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        WorkerOptions(model="m", **wrong)
 
 
 def test_a_dead_peer_is_noticed_soon(workers: list[WorkerProcess]) -> None:
