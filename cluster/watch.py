@@ -16,7 +16,8 @@ from cluster.errors import WorkerCallError, WorkerLostError
 from cluster.job import SchedulerLoad, WorkerClient, WorkerInfo, WorkerStats
 
 WATCH_SECONDS = 2.0
-ANSWER_SECONDS = 5.0
+# A worker that takes longer is shown as silent.
+ANSWER_SECONDS = 2.0
 
 
 class WorkerState(StrEnum):
@@ -61,6 +62,7 @@ class WorkerWatch:
         self._clocks = clocks
         self.scheduler: Workers | None = None
         self._task: asyncio.Task[None] | None = None
+        self._clients: dict[str, WorkerClient] = {}
         self._infos: dict[str, WorkerInfo] = {}
         self.views: tuple[WorkerView, ...] = ()
 
@@ -78,11 +80,15 @@ class WorkerWatch:
         """Ask all workers now."""
         if self.scheduler is None:
             return ()
-        workers = sorted(self.scheduler.workers, key=lambda one: (len(one.name), one.name))
+        load = self.scheduler.load
+        # One that drains is none of the scheduler's workers any more, but still there.
+        draining = [self._clients.get(name) for name in load.draining_workers]
+        found = [*self.scheduler.workers, *filter(None, draining)]
+        workers = sorted(found, key=lambda one: (len(one.name), one.name))
+        self._clients = {worker.name: worker for worker in workers}
+        self._infos = {name: info for name, info in self._infos.items() if name in self._clients}
         answers = await asyncio.gather(*(self._ask(worker) for worker in workers))
         load = self.scheduler.load
-        names = {worker.name for worker in workers}
-        self._infos = {name: info for name, info in self._infos.items() if name in names}
         self.views = tuple(
             self._view(worker, load, stats) for worker, stats in zip(workers, answers, strict=True)
         )

@@ -66,6 +66,7 @@ class WorkerActor:
 
     async def _start(self, name: str) -> str:
         options, spec = self._options, self._spec
+        set_up_logging(options.log_format, worker=name)
         server = WorkerServer(
             WorkerOptions(
                 model=options.model,

@@ -10,6 +10,8 @@ import io
 import json
 import logging
 import re
+import signal
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -36,6 +38,7 @@ from homer import HomerConfig, MergePlan
 from homer.plan import NodeId
 from homer.v1 import long_context_pb2 as pb
 from tests.cluster.conftest import Run, poll
+from tests.cluster.processes import BIN
 from tests.golden_cases import model_dir
 from tests.otlp import Collector, Span, running_collector
 from tests.scrape import Scrape
@@ -457,3 +460,19 @@ def test_status_as_table_and_as_json(seen: Seen) -> None:
         assert worker["metrics_address"] == f"127.0.0.1:{words['metrics_port']}"
         assert Scrape(worker["metrics_address"]).types["homer_worker_requests"] == "gauge"
         assert abs(worker["clock_ahead_seconds"]) < 0.5
+
+
+def test_status_goes_on_with_watch(seen: Seen) -> None:
+    command = [str(BIN / "homer"), "status", "--server", seen.client.address]
+    process = subprocess.Popen(
+        [*command, "--watch", "--json", "--interval", "0.1"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    looks = [json.loads(process.stdout.readline()) for _ in range(3)]
+    assert all(len(look["workers"]) == 2 for look in looks)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
