@@ -11,19 +11,24 @@ from collections.abc import Hashable, Sequence
 
 from homer.plan import MergePlan, NodeId
 
+ALONE_PIECE_LEAVES = 8
+
 
 def cut_plan(plan: MergePlan, workers: int, pieces_per_worker: int) -> tuple[NodeId, ...]:
     """The roots of the subtrees that are handed out, in context order.
 
     All of one height: the highest that gives each of `workers` at least `pieces_per_worker` pieces,
     else the leaves. Several pieces per worker let unequal workers finish together; large ones cost
-    few calls.
+    few calls, each some milliseconds. One worker has nobody to wait for and gets large ones.
     """
+    wanted = workers * pieces_per_worker
+    if workers == 1:
+        wanted = min(wanted, max(1, len(plan.leaves) // ALONE_PIECE_LEAVES))
     heights: dict[int, list[NodeId]] = {}
     for node in plan.nodes:
         heights.setdefault(node.id.height, []).append(node.id)
     for height in sorted(heights, reverse=True):
-        if len(heights[height]) >= workers * pieces_per_worker:
+        if len(heights[height]) >= wanted:
             return tuple(heights[height])
     return tuple(heights[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ def test_every_cut_covers_all_leaves_once_and_in_order(
     assert covered == [leaf.id for leaf in plan.leaves]
 
 
-@given(context_len=st.integers(1, 3000), workers=st.integers(1, 9), pieces=st.integers(1, 9))
+@given(context_len=st.integers(1, 3000), workers=st.integers(2, 9), pieces=st.integers(1, 9))
 def test_a_cut_is_as_coarse_as_its_number_of_pieces_allows(
     context_len: int, workers: int, pieces: int
 ) -> None:
@@ -72,3 +73,13 @@ def test_a_piece_that_was_put_back_is_handed_out_again() -> None:
     queue.put_back(0)
     assert queue.take("b") == 0
     assert queue.take("b") is None
+
+
+@pytest.mark.parametrize(("leaves", "pieces"), [(1, 1), (5, 1), (15, 1), (40, 5), (500, 8)])
+def test_one_worker_gets_large_pieces(leaves: int, pieces: int) -> None:
+    config = HomerConfig(max_chunk_len=16, target_len=16, warmup_layers=1)
+    plan = MergePlan.build(2, leaves * 11, 3, 16, config)
+    assert len(plan.leaves) == leaves
+    cut = cut_plan(plan, 1, 8)
+    assert pieces <= len(cut) <= 2 * pieces
+    assert sum(len(plan.subtree(node)) for node in cut) <= len(plan.nodes)
