@@ -166,14 +166,19 @@ def multikey(
 
 @app.command("all")
 def everything(model: Model = None, out: Out = OUT) -> None:
-    """All of it with few samples, in about ten minutes on two cores."""
+    """All of it with few samples, in about 15 minutes on two cores."""
     few = QualityOptions(
-        model=model, lengths="0.75x,8x,64x", samples=20, plain_max_length="8x", out=out
+        model=model, lengths="0.75x,8x,64x", samples=10, plain_max_length="8x", out=out
     )
     with measuring():
-        _speed(SPEED_LENGTHS, 3, 1, out)
+        _speed(SPEED_LENGTHS, 1, 1, out)
         _memory(MEMORY_LENGTHS, "homer,paper", 1, out)
+        bench_cluster.measure_scaling(bench_cluster.SCALING_LENGTHS, "1,2", 1, out)
+        bench_cluster.measure_overhead(2048, 32, 8, out)
+        bench_cluster.measure_wire(16384, bench_cluster.WIRE_WORKERS, out)
+        bench_cluster.measure_worker_memory("16384,65536", 2, out)
         _transport(512, 5, out)
+        bench_simulate.simulate_few(out)
         _quality("passkey", few)
         _quality("multikey", few)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,16 @@ COSTS = Path(__file__).parents[1] / "sim" / "machines" / "bench-cpu.json"
 SIM_WORKERS = "1,2,4,8,16,32,64,128,256,512,1024"
 SIM_LENGTHS = "32768,262144,1048576,10000000"
 FAILURES = "0,60,240,960"
+
+
+@dataclass(frozen=True)
+class FailureOptions:
+    """The pool and the requests with which failures are simulated."""
+
+    workers: int = 64
+    prompt_tokens: int = 262144
+    restart_seconds: float = 30.0
+    requests: int = 50
 
 
 def costs(
@@ -68,6 +79,7 @@ def simulate(
     workers_per_host: Annotated[int, typer.Option(help="Workers that share it.", min=1)] = 8,
     failures: Annotated[str, typer.Option(help="Failures per hour of all workers.")] = FAILURES,
     failing_workers: Annotated[int, typer.Option(help="Workers of that scenario.")] = 64,
+    failing_tokens: Annotated[int, typer.Option(help="Prompt tokens of its requests.")] = 262144,
     restart_seconds: Annotated[float, typer.Option(help="Until a worker is back.")] = 30.0,
     plot: Annotated[Path | None, typer.Option(help="Picture; else in the folder.")] = None,
     out: Out = OUT,
@@ -85,8 +97,7 @@ def simulate(
             parse_numbers(lengths),
             network,
             [float(rate) for rate in failures.split(",")],
-            failing_workers,
-            restart_seconds,
+            FailureOptions(failing_workers, failing_tokens, restart_seconds),
             plot or out / "simulate.png",
             out,
         )
@@ -98,8 +109,7 @@ def run_simulations(
     lengths: list[int],
     network: Any,
     failures: list[float],
-    failing_workers: int,
-    restart_seconds: float,
+    failing: FailureOptions,
     plot: Path,
     out: Path,
 ) -> None:
@@ -111,6 +121,8 @@ def run_simulations(
     from homer.bench.plot import can_plot
 
     machine, costs = machine_facts(), Costs.load(costs_file)
+    # Every simulated worker that dies would be a warning.
+    logging.getLogger("cluster").setLevel(logging.ERROR)
 
     def on_cell(cell: Cell) -> None:
         scenario = cell.result.scenario
@@ -132,12 +144,12 @@ def run_simulations(
     cells = simulate_grid(costs, workers, lengths, network, on_cell=on_cell)
     print_table(machine, show.grid_table(costs, network, cells))
     scenario = Scenario(
-        workers=failing_workers,
-        prompt_tokens=lengths[len(lengths) // 2],
-        requests=50,
+        workers=failing.workers,
+        prompt_tokens=failing.prompt_tokens,
+        requests=failing.requests,
         concurrent=4,
         new_tokens=64,
-        restart_seconds=restart_seconds,
+        restart_seconds=failing.restart_seconds,
         network=network,
     )
     results = simulate_failures(costs, scenario, failures, on_result=on_result)
@@ -149,3 +161,13 @@ def run_simulations(
         print(f"plot: {plot}", file=sys.stderr)
     else:
         print("no plot: install matplotlib for one", file=sys.stderr)
+
+
+def simulate_few(out: Path) -> None:
+    """A small grid and few failures."""
+    from cluster.sim.network import NetworkOptions
+
+    lengths, workers = [32768, 1048576], [1, 8, 64, 512]
+    failing = FailureOptions(requests=20)
+    plot = out / "simulate.png"
+    run_simulations(COSTS, workers, lengths, NetworkOptions(), [0, 240], failing, plot, out)

@@ -54,9 +54,11 @@ def failures_table(results: Sequence[SimResult]) -> Table:
         f"{scenario.prompt_tokens:,} tokens on {scenario.workers} workers, "
         f"{scenario.concurrent} at a time",
         caption=f"a worker that died is back after {scenario.restart_seconds:g} s; work: what all "
-        "workers computed, lost work included, against no failures; every request was answered",
+        "workers computed, lost work included, and throughput: against no failures",
     )
-    for title in ("failures per hour", "failures", "nodes run again", "hours", "tokens/s"):
+    for title in ("failures per hour", "failures", "requests failed", "nodes run again"):
+        table.add_column(title, justify="right")
+    for title in ("hours", "tokens/s"):
         table.add_column(title, justify="right")
     for title in ("first token, median s", "longest s", "work", "throughput"):
         table.add_column(title, justify="right")
@@ -66,6 +68,7 @@ def failures_table(results: Sequence[SimResult]) -> Table:
         table.add_row(
             f"{result.scenario.failures_per_hour:,g}",
             str(result.failures),
+            str(result.failed_requests),
             f"{result.retried_nodes:,}",
             f"{result.seconds / 3600:.2f}",
             f"{tokens / result.seconds:,.0f}",

@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
 
+from cluster.errors import NoWorkersError, WorkerCallError, WorkerLostError
 from cluster.job import Job, Sampling, TokenOut
 from cluster.observer import Observer
 from cluster.scheduler import Scheduler
@@ -73,8 +74,8 @@ class Scenario:
 class SimResult:
     """What came of a scenario. Seconds are virtual, but for `real_seconds`.
 
-    `first_token_seconds` are those of each request, from its submission; `work_seconds` what all
-    workers computed, work that was lost included.
+    `first_token_seconds` are those of each answered request, from its submission; `work_seconds`
+    what all workers computed, work that was lost included.
     """
 
     scenario: Scenario
@@ -86,12 +87,13 @@ class SimResult:
     coordinator_busy_seconds: float
     events: int
     failures: int
+    failed_requests: int
     retried_nodes: int
     real_seconds: float
 
     @property
     def first_token(self) -> float:
-        """Median over the requests."""
+        """Median over the requests that were answered."""
         return statistics.median(self.first_token_seconds)
 
 
@@ -126,7 +128,7 @@ class _Simulation:
         self._workers = [SimWorker(number, self._pool) for number in range(scenario.workers)]
         self._gone_seconds = 0.0
         self._counts = _Counts()
-        self._failures = 0
+        self._failures = self._failed_requests = 0
         self._first_tokens: list[float] = []
 
     async def run(self, real_start: float) -> SimResult:
@@ -154,6 +156,7 @@ class _Simulation:
             coordinator_busy_seconds=pool.coordinator_busy_seconds,
             events=pool.events,
             failures=self._failures,
+            failed_requests=self._failed_requests,
             retried_nodes=self._counts.retried_nodes,
             real_seconds=time.perf_counter() - real_start,
         )
@@ -173,11 +176,15 @@ class _Simulation:
         submitted = loop.time()
         # The coordinator plans before it schedules.
         await asyncio.sleep(self._pool.plan_seconds)
-        async with aclosing(cast(Any, scheduler.run(job))) as events:
-            async for event in events:
-                if isinstance(event, TokenOut):
-                    first = first or loop.time()
-        self._first_tokens.append(first - submitted)
+        try:
+            async with aclosing(cast(Any, scheduler.run(job))) as events:
+                async for event in events:
+                    if isinstance(event, TokenOut):
+                        first = first or loop.time()
+        except (WorkerLostError, WorkerCallError, NoWorkersError):
+            self._failed_requests += 1
+        else:
+            self._first_tokens.append(first - submitted)
 
     async def _let_die(self, scheduler: Scheduler) -> None:
         """Let workers die at random moments, and come back."""
