@@ -35,9 +35,7 @@ class Bounds:
         """The best guess: no difference where there may be none, else the middle."""
         if self.low <= 0 <= self.high:
             return 0.0
-        if self.low == float("-inf"):
-            return self.high
-        return self.low if self.high == float("inf") else (self.low + self.high) / 2
+        return (self.low + self.high) / 2
 
 
 class Clocks:
@@ -58,17 +56,11 @@ class Clocks:
         known, at = self._bounds.get(worker, (Bounds(), 0.0))
         return known.loosened(max(self.now() - at, 0.0))
 
-    def heard(self, worker: str, there: float) -> None:
-        """A message has come that was written when the worker's clock said `there`."""
-        self._learn(worker, Bounds(low=there - self.now()))
-
     def answered(self, worker: str, asked: float, there: float) -> None:
         """An answer has come that was written at `there`; we asked for it at `asked`."""
-        self._learn(worker, Bounds(there - self.now(), there - asked))
+        new = Bounds(there - self.now(), there - asked)
+        self._bounds[worker] = (new.within(self.bounds(worker)), self.now())
 
     def forget(self, worker: str) -> None:
         """The worker is gone."""
         self._bounds.pop(worker, None)
-
-    def _learn(self, worker: str, new: Bounds) -> None:
-        self._bounds[worker] = (new.within(self.bounds(worker)), self.now())

@@ -113,9 +113,12 @@ class Timeline:
 
     def add(self, one: Slice, after: float, heard: float) -> None:
         """Add what was heard of at `heard`, and cannot have begun before `after`."""
-        told = Bounds(one.ended - heard, one.started - after)
-        known = self.bounds.get(one.worker, Bounds())
-        self.bounds[one.worker] = told.within(known)
+        low, high = one.started + one.seconds - heard, one.started - after
+        known = self.bounds.get(one.worker)
+        # Few messages tell more than those before.
+        if known is None or low > known.low or high < known.high:
+            told = Bounds(low, high)
+            self.bounds[one.worker] = told if known is None else told.within(known)
         self.raw.append(one)
 
 
@@ -168,7 +171,6 @@ class Timelines(Observer):
         if timeline is None or not done.started_unix_seconds:
             return
         now = self.clocks.now()
-        self.clocks.heard(worker, done.started_unix_seconds + done.seconds)
         node = job.plan.by_id[done.node]
         children = [timeline.done[child] for child in node.children if child in timeline.done]
         after = max(children, default=timeline.started)
