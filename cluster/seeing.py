@@ -64,7 +64,9 @@ class Seeing:
         """
         self.watch.start()
         if metrics_port is not None:
-            self._port = MetricsPort(self.metrics.registry, host, metrics_port)
+            self._port = MetricsPort(
+                self.metrics.registry, host, metrics_port, self.watch.metrics_addresses
+            )
             _log.info("metrics at http://%s/metrics", self._port.address)
 
     @property

@@ -109,6 +109,10 @@ class WorkerWatch:
             metrics_address=f"{host}:{port}" if port else "",
         )
 
+    def metrics_addresses(self) -> list[str]:
+        """Where workers serve their own metrics."""
+        return [view.metrics_address for view in self.views if view.metrics_address]
+
     async def _watch(self) -> None:
         while True:
             await self.look()

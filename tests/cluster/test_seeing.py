@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -275,6 +276,15 @@ def test_gauges_say_what_is_now(seen: Seen) -> None:
         )
         assert resident > 50e6
     assert seen.after.labels("homer_transfer_bytes_total", "peer") <= {"worker-0", "worker-1"}
+
+
+def test_prometheus_is_told_where_the_workers_are(seen: Seen) -> None:
+    with urlopen(f"http://{seen.seeing.metrics_address}/targets", timeout=30) as answer:
+        assert answer.headers["Content-Type"] == "application/json"
+        (group,) = json.load(answer)
+    assert len(group["targets"]) == 2
+    for target in group["targets"]:
+        assert "homer_worker_leaf_seconds" in Scrape(target).types
 
 
 def test_a_cancelled_and_a_refused_request_are_counted(seen: Seen) -> None:
