@@ -11,15 +11,17 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from traceback import clear_frames
 from typing import Any, TypeVar
 
 import grpc
 import torch
 
+from homer.errors import HomerError
 from homer.v1 import tensor_pb2
-from workers.carrier import Inlet, MessageInlet, MessageOutlet, Outlet
+from workers.carrier import Inlet, MessageInlet, MessageOutlet, Opened, Outlet
 from workers.errors import BrokenStreamError, DamagedStreamError, PeerError
-from workers.frames import SMALL_BYTES, Packed, Piece
+from workers.frames import SMALL_BYTES, Packed
 from workers.options import STALL_SECONDS
 from workers.shared_ring import RingInlet, can_share, open_ring
 from workers.tensor_stream import Limits, NamedTensor, Spec, StreamReader, encode_stream
@@ -115,23 +117,23 @@ class PeerPool:
                     yield named
                 if message is None:
                     break
-                opened = inlet.open(message)
-                received += opened.crossing_bytes
-                self._on_received(opened.crossing_bytes)
+                opened = [inlet.open(message)]
+                crossing_bytes = opened[0].crossing_bytes
+                received += crossing_bytes
+                self._on_received(crossing_bytes)
                 if on_received is not None:
-                    on_received(opened.crossing_bytes)
-                if opened.crossing_bytes > SMALL_BYTES:
-                    feeding = loop.run_in_executor(
-                        self._threads, _feed, reader, inlet, opened.frame
-                    )
+                    on_received(crossing_bytes)
+                if crossing_bytes > SMALL_BYTES:
+                    feeding = loop.run_in_executor(self._threads, _feed, reader, inlet, opened)
                 else:
-                    for named in _feed(reader, inlet, opened.frame):
+                    for named in _feed(reader, inlet, opened):
                         yield named
             reader.finish()
         finally:
             call.cancel()
             if feeding is not None:
                 feeding.cancel()
+                feeding = None
             inlet.close()
             peer.shares_memory = peer.shares_memory and inlet.shares_memory is not False
             if self._on_transfer is not None:
@@ -197,10 +199,14 @@ class PeerPool:
         return MessageInlet()
 
 
-def _feed(
-    reader: StreamReader, inlet: Inlet, frame: Piece | tensor_pb2.TensorFrame
-) -> list[NamedTensor]:
-    ready = reader.feed(frame)
+def _feed(reader: StreamReader, inlet: Inlet, opened: list[Opened]) -> list[NamedTensor]:
+    """What the one thing in `opened` completes; takes it out."""
+    try:
+        ready = reader.feed(opened.pop().frame)
+    except HomerError as error:
+        # Errors are kept by whoever failed of them; what lies in shared memory must not be.
+        clear_frames(error.__traceback__)
+        raise
     inlet.taken()
     return ready
 

@@ -104,10 +104,13 @@ class RingInlet:
         if self._opened:
             self._opened = False
             self._taken += 1
-            self._counter[0] = self._taken
+            if self._counter is not None:
+                self._counter[0] = self._taken
 
     def close(self) -> None:
         # The mapping goes when the last view of it does: a copy may be at it still.
+        self._memory = memoryview(b"")
+        self._counter = None
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
