@@ -21,8 +21,8 @@ LAYERS, ROWS, HEAD_DIM = 12, 32, 8
 LAYER_BYTES = 2 * ROWS * HEAD_DIM * 4
 STACK: Any = SimpleNamespace(
     num_layers=LAYERS,
-    num_kv_heads=1,
-    head_dim=HEAD_DIM,
+    kv_bytes_per_row=2 * HEAD_DIM * 4,
+    cache_row=SimpleNamespace(shapes=lambda rows: [(1, rows, HEAD_DIM)] * 2),
     dtype=torch.float32,
     device=torch.device("cpu"),
 )
