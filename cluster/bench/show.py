@@ -62,10 +62,10 @@ def overhead_table(result: OverheadResult) -> Table:
         title=f"Service beside one process: {result.tokens:,} prompt tokens, "
         f"{result.new_tokens} new ones",
         caption=f"medians of {runs} rounds in which both took turns; added: medians of each "
-        "round's difference; around the work: time to the first token less what the worker itself "
-        "measured",
+        "round's difference; added around the work: the same without the seconds of nodes and "
+        "refreshed suffix, as each process timed its own",
     )
-    for title in ("", "one process", "service", "added", "around the work"):
+    for title in ("", "one process", "service", "added", "added around the work"):
         table.add_column(title, justify="right")
     first_alone, first = result.medians(lambda times: times.first_token)
     token_alone, token = result.medians(lambda times: times.per_token)

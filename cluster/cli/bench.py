@@ -174,7 +174,7 @@ def everything(model: Model = None, out: Out = OUT) -> None:
         _speed(SPEED_LENGTHS, 1, 1, out)
         _memory(MEMORY_LENGTHS, "homer,paper", 1, out)
         bench_cluster.measure_scaling(bench_cluster.SCALING_LENGTHS, "1,2", 1, out)
-        bench_cluster.measure_overhead(2048, 32, 8, out)
+        bench_cluster.measure_overhead(1024, 32, 12, out)
         bench_cluster.measure_wire(16384, bench_cluster.WIRE_WORKERS, out)
         bench_cluster.measure_worker_memory("16384,65536", 2, out)
         _transport(512, 5, out)

@@ -36,9 +36,9 @@ def scaling(
 
 
 def overhead(
-    tokens: Tokens = 2048,
+    tokens: Tokens = 1024,
     new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = 32,
-    runs: Runs = 15,
+    runs: Runs = 25,
     out: Out = OUT,
 ) -> None:
     """Time a service of one worker beside the same work in one process."""
