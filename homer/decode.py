@@ -21,26 +21,39 @@ from homer.state import LayerKV
 
 
 class DecodeCache:
-    """One answer's cache: a copy of a context's rows, with room for `max_new_tokens` more."""
+    """One answer's cache: a context's rows, and room behind them for those of generated tokens.
 
-    def __init__(self, context: CompressedContext, max_new_tokens: int) -> None:
+    `buffers` are those of a context, or a copy of them: rows from `length` on are written over.
+    """
+
+    def __init__(self, context: CompressedContext, buffers: Sequence[LayerKV]) -> None:
         self.length = context.cache_len
         self.next_position = context.next_position
         self.span = context.next_position
-        answer = torch.arange(max_new_tokens, device=context.position_ids.device) + self.span
+        room = buffers[0][0].shape[1] - self.length
+        answer = torch.arange(room, device=context.position_ids.device) + self.span
         self._positions = torch.cat((context.position_ids, answer))
-        self._keys = [_with_room(keys, max_new_tokens) for keys, _ in context.layers]
-        self._values = [_with_room(values, max_new_tokens) for _, values in context.layers]
+        self._buffers = buffers
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
+    @classmethod
+    def over(cls, context: CompressedContext) -> DecodeCache:
+        """In the room behind the context's own rows, for one answer at a time."""
+        return cls(context, context.buffers)
+
+    @classmethod
+    def copy_of(cls, context: CompressedContext, room_tokens: int) -> DecodeCache:
+        """In memory of its own: the context stays as it is for other answers."""
+        buffers = [
+            (_with_room(keys, room_tokens), _with_room(values, room_tokens))
+            for keys, values in context.layers
+        ]
+        return cls(context, buffers)
 
     def append(
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one token's rows, (heads, numbers) each, to `layer`; all its rows so far."""
-        keys, values = self._keys[layer], self._values[layer]
+        keys, values = self._buffers[layer]
         keys[:, self.length] = key
         values[:, self.length] = value
         return keys[:, : self.length + 1], values[:, : self.length + 1]

@@ -18,8 +18,9 @@ import torch
 
 from homer.attention import NodePass
 from homer.bias import check_bias
-from homer.context import CompressedContext, KVRows, assemble, refresh, release_layer
+from homer.context import CompressedContext, KVRows
 from homer.errors import Cancelled, StateError
+from homer.finish import CacheBuilder
 from homer.plan import MergePlan, NodeId, PlanNode
 from homer.stack import LayerStack
 from homer.state import KVShard, LayerKV, NodeState, join_shards
@@ -140,7 +141,9 @@ class TreeEncoder:
         return self._run_merge(node, children)
 
     @torch.inference_mode()
-    def finish(self, root: NodeState, remote: RemoteRows | None = None) -> CompressedContext:
+    def finish(
+        self, root: NodeState, remote: RemoteRows | None = None, room_tokens: int = 0
+    ) -> CompressedContext:
         """The final cache from the root's state; `root`'s shards move into it.
 
         Raises
@@ -148,48 +151,16 @@ class TreeEncoder:
         StateError
             When a surviving row is missing, or there more than once.
         """
-        if root.node != self.plan.root.id:
-            raise StateError(f"node {root.node} is not the root")
+        builder = self.finishing(root, room_tokens)
+        while not builder.complete:
+            builder.add_layer(remote(builder.next_layer) if remote is not None else ())
+        return builder.finish()
 
-        def context_rows(layer: int) -> LayerKV:
-            pieces = list(remote(layer)) if remote is not None else []
-            for shard in root.shards:
-                if shard.layer_start <= layer < shard.layer_end:
-                    pieces.append(KVRows(shard.context_indices, *shard.layer(layer)))
-            return assemble(pieces, root.context_indices, layer)
-
+    @torch.inference_mode()
+    def finishing(self, root: NodeState, room_tokens: int = 0) -> CacheBuilder:
+        """What `finish` does, layer by layer: for who has other work in between."""
         prefix_kv = self.prefix_kv() if self.plan.prefix_len else None
-        positions = self._final_positions(root)
-        if self.plan.refreshes_suffix:
-            layers, logits = refresh(
-                self.stack,
-                self.suffix_ids,
-                positions,
-                prefix_kv,
-                context_rows,
-                root.shards,
-                span=self.plan.next_position,
-            )
-        else:
-            if root.suffix_kv is None:
-                raise StateError("the root has no suffix states")
-            layers = []
-            for layer in range(self.plan.num_layers):
-                parts = [context_rows(layer), root.suffix_kv[layer]]
-                if prefix_kv is not None:
-                    parts.insert(0, prefix_kv[layer])
-                keys, values = zip(*parts, strict=True)
-                layers.append((torch.cat(keys, dim=1), torch.cat(values, dim=1)))
-                release_layer(root.shards, layer)
-            logits = self.stack.logits(root.hidden[-1:])[0]
-        root.shards.clear()
-        return CompressedContext(
-            context_indices=root.context_indices,
-            position_ids=positions,
-            next_position=self.plan.next_position,
-            logits=logits,
-            layers=layers,
-        )
+        return CacheBuilder(self.stack, self.plan, root, prefix_kv, self.suffix_ids, room_tokens)
 
     def prefix_kv(self) -> list[LayerKV]:
         """Keys and values of the prefix in all layers; computed once, for every chunk and level.
@@ -307,10 +278,6 @@ class TreeEncoder:
         if self.bias is None:
             return scores
         return scores - self.bias[layer].to(scores)[positions[-1] - positions]
-
-    def _final_positions(self, root: NodeState) -> torch.Tensor:
-        front = torch.arange(self.plan.prefix_len, device=root.position_ids.device)
-        return torch.cat((front, root.position_ids))
 
 
 def _mean(suffixes: Sequence[LayerKV]) -> LayerKV:

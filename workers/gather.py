@@ -1,7 +1,7 @@
 """The rows of the final cache on their way from other workers, layer by layer.
 
-The event loop pulls from all peers at once; the compute thread asks for one layer after the other
-and waits only for rows that have not come yet. Where it is slow, what waits for it is bounded, and
+The event loop pulls from all peers at once; the compute thread takes one layer after the other when
+it has come, and does other work until then. Where it is slow, what waits for it is bounded, and
 the peers have to wait. Knows nothing about what the rows are used for.
 """
 
@@ -72,6 +72,26 @@ class Gather:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def arrived(self, layer: int) -> bool:
+        """Whether the rows of `layer` are there, or will not come."""
+        return all(future.done() for future in self._waiting(layer))
+
+    async def wait(self, layer: int) -> None:
+        """Wait until the rows of `layer` have come from every peer.
+
+        Raises
+        ------
+        PeerError, TensorStreamError
+            When they will not come.
+        """
+        self._want(layer)
+        for future in self._waiting(layer):
+            # Who stops waiting does not stop the pull.
+            await asyncio.shield(asyncio.wrap_future(future))
+
+    def _waiting(self, layer: int) -> list[Future[KVRows]]:
+        return [future for futures in self._rows if (future := futures[layer]) is not None]
+
     def layer(self, layer: int) -> list[KVRows]:
         """Rows of `layer` from every peer; waits for them. Not for the event loop.
 
@@ -87,7 +107,7 @@ class Gather:
         return out
 
     def _want(self, layer: int) -> None:
-        self._wanted_layer = layer
+        self._wanted_layer = max(self._wanted_layer, layer)
         self._room.set()
 
     def _took(self, taken_bytes: int) -> None:

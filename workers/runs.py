@@ -1,4 +1,4 @@
-"""The work behind the calls: subtrees, merges and answers, step by step.
+"""The work behind the calls that run nodes: subtrees and merges, step by step.
 
 Each is the work of one job. They leave what is held for the request as it was until they succeed,
 so that a call that failed or was stopped can be repeated. Knows nothing about gRPC servers.
@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from homer.encode import TreeEncoder
-from homer.errors import PromptError, StateError
-from homer.generation import FinishReason, generate_tokens
+from homer.errors import PromptError
 from homer.plan import NodeId, PlanNode
-from homer.sampling import SamplingParams
 from homer.state import NodeState
 from homer.v1 import worker_pb2
 from workers.engine import Engine, LoadedModel
-from workers.gather import Gather
 from workers.metrics import WorkerMetrics
 from workers.peer import PeerPool
 from workers.plan_wire import write_node
@@ -31,7 +28,6 @@ from workers.store import HeldRequest, copy_shards
 from workers.tensor_stream import Limits, NamedTensor
 from workers.tracing import Tracing
 from workers.wire import (
-    FINISH_REASONS,
     must_equal,
     read_state,
     state_specs,
@@ -208,93 +204,6 @@ class Runner:
                 freed += shard.nbytes - smaller.nbytes
         return freed
 
-    async def generate(
-        self,
-        held: HeldRequest,
-        addresses: Sequence[str],
-        params: SamplingParams,
-        resume: Sequence[int],
-        emit: Callable[[worker_pb2.GenerateTokensResponse], None],
-    ) -> None:
-        """Gather the final cache, once per request, and decode from it.
-
-        The tokens of `resume` were delivered already: they are decoded again, but not emitted.
-        """
-        ready = await self._cache_ready(held, addresses)
-        context = held.context
-        if context is None:
-            raise StateError("the final cache is gone")
-        emit(worker_pb2.GenerateTokensResponse(cache_ready=ready))
-        began, started = time.time(), time.perf_counter()
-        tokens = generate_tokens(self.model.stack, context, params, forced=resume)
-        count = 0
-        try:
-            while True:
-                token = await self.engine.step(_next_token, tokens)
-                if isinstance(token, FinishReason):
-                    break
-                count += 1
-                if count <= len(resume):
-                    continue
-                self.counters.generated_tokens += 1
-                self.metrics.decode_step(1)
-                piece = worker_pb2.TokenPiece(token_id=token)
-                emit(worker_pb2.GenerateTokensResponse(token=piece))
-        finally:
-            # Its thread may be at a step of it still: it is closed after that.
-            self.engine.later(tokens.close)
-        summary = worker_pb2.GenerateTokensSummary(
-            generated_tokens=count,
-            finish_reason=FINISH_REASONS[token],
-            decode_seconds=time.perf_counter() - started,
-            started_unix_seconds=began,
-        )
-        self.tracing.record(
-            "decode", began, summary.decode_seconds, attributes={"tokens.out": count}
-        )
-        emit(worker_pb2.GenerateTokensResponse(summary=summary))
-
-    async def _cache_ready(
-        self, held: HeldRequest, addresses: Sequence[str]
-    ) -> worker_pb2.CacheReady:
-        if held.context is not None:
-            return _describe_cache(held)
-        root = held.state(held.plan.root.id)
-        # The run takes the shards apart as it goes. Rows from elsewhere may fail to come, and then
-        # the next attempt needs these again; else nobody may find them any more.
-        shards = held.snapshot() if addresses else held.all_shards()
-        if not addresses:
-            held.shards.clear()
-        work = replace(root, shards=shards)
-        kept = root.context_indices.tolist()
-        request = worker_pb2.GatherKvRequest(
-            request_id=held.spec.request_id,
-            node=write_node(root.node),
-            context_indices=kept,
-        )
-        began, started = time.time(), time.perf_counter()
-        gather = Gather(self.peers, addresses, request, self.model.stack)
-        async with gather:
-            remote = gather.layer if addresses else None
-            held.context = await self.engine.step(held.encoder.finish, work, remote)
-        ended = time.perf_counter()
-        # The cache has all their rows now.
-        held.shards.clear()
-        gathered = max(gather.ended, started) if addresses else started
-        ready = _describe_cache(held)
-        ready.gather_seconds = gathered - started
-        ready.refresh_seconds = ended - gathered
-        ready.started_unix_seconds = began
-        ready.received_bytes = gather.received_bytes
-        self.tracing.record(
-            "gather",
-            began,
-            gathered - started,
-            attributes={"received_bytes": gather.received_bytes},
-        )
-        self.tracing.record("refresh", began + gathered - started, ended - gathered)
-        return ready
-
 
 def check_children(node: PlanNode, given: Sequence[NodeId]) -> None:
     """Refuse a merge of anything but the node's own children, in order.
@@ -309,15 +218,6 @@ def check_children(node: PlanNode, given: Sequence[NodeId]) -> None:
             f"node {tuple(node.id)} merges {[tuple(child) for child in node.children]}, "
             f"not {[tuple(child) for child in given]}"
         )
-
-
-def _describe_cache(held: HeldRequest) -> worker_pb2.CacheReady:
-    context = held.context
-    if context is None:
-        raise StateError("the final cache is gone")
-    return worker_pb2.CacheReady(
-        cache_tokens=context.cache_len, context_indices=context.context_indices.tolist()
-    )
 
 
 @dataclass(frozen=True)
@@ -348,11 +248,3 @@ def _wait_for_device(state: NodeState) -> None:
     """A node is done when its numbers are there, not when an accelerator was told to make them."""
     if state.hidden.is_cuda:
         torch.cuda.synchronize(state.hidden.device)
-
-
-def _next_token(tokens: Generator[int, None, FinishReason]) -> int | FinishReason:
-    """The next token, or why there is none: a generator's end cannot cross threads as itself."""
-    try:
-        return next(tokens)
-    except StopIteration as end:
-        return end.value

@@ -32,6 +32,8 @@ from homer.encode import TreeEncoder
 from homer.errors import HomerError, PromptError, StateError
 from homer.plan import NodeId, PlanNode
 from homer.v1 import tensor_pb2, worker_pb2
+from workers.answers import Answering
+from workers.batcher import Batcher
 from workers.bundle import bundled
 from workers.engine import Engine, LoadedModel
 from workers.errors import (
@@ -88,6 +90,7 @@ class WorkerServicer:
             share_memory=options.transport == "auto",
         )
         self._runner: Runner | None = None
+        self._answers: Answering | None = None
         self._draining = False
         self._running_calls = 0
         self._worker_id = uuid.uuid4().hex
@@ -99,6 +102,10 @@ class WorkerServicer:
         self._metrics_port = metrics_port
         self._runner = Runner(
             model, self._engine, self._peers, self._counters, self._metrics, self._tracing
+        )
+        batcher = Batcher(model.stack, self._engine, self._metrics.decode_step)
+        self._answers = Answering(
+            model, self._engine, batcher, self._peers, self._counters, self._tracing
         )
 
     async def drain(self, grace_seconds: float) -> bool:
@@ -166,7 +173,7 @@ class WorkerServicer:
                     f"the answer may have {params.max_new_tokens} tokens, but {len(resume)} were "
                     "delivered already"
                 )
-            work = partial(self._worker.generate, held, addresses, params, resume)
+            work = partial(self._answering.generate, held, addresses, params, resume)
             async with aclosing(
                 self._follow(held, "answer", node.id, request.attempt, work, resume)
             ) as job:
@@ -315,6 +322,12 @@ class WorkerServicer:
         if self._runner is None:
             raise NotReadyError("this worker is still loading its model; try again in a moment")
         return self._runner
+
+    @property
+    def _answering(self) -> Answering:
+        if self._answers is None:
+            raise NotReadyError("this worker is still loading its model; try again in a moment")
+        return self._answers
 
     @property
     def _stack(self) -> Any:

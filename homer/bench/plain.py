@@ -30,7 +30,7 @@ def plain_context(model: Any, ids: torch.Tensor) -> CompressedContext:
         position_ids=positions,
         next_position=len(ids),
         logits=out.logits[0, -1].float(),
-        layers=[(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers],
+        buffers=[(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers],
     )
 
 

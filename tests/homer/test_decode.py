@@ -35,7 +35,7 @@ def test_answers_that_join_and_leave_a_batch_are_those_decoded_alone() -> None:
     contexts = [compress(homer, length) for length in (30, 200, 500, 900)]
     alone = [homer.generate(c, max_new_tokens=12, ignore_eos=True).tolist() for c in contexts]
     answers: list[list[int]] = [[int(context.logits.argmax())] for context in contexts]
-    caches = [DecodeCache(context, 12) for context in contexts]
+    caches = [DecodeCache.copy_of(context, 12) for context in contexts]
     # Answer i joins at step 2i and leaves when it has 12 tokens.
     for step in range(30):
         active = [i for i in range(4) if step >= 2 * i and len(answers[i]) < 12]

@@ -115,7 +115,7 @@ def test_answers_decoded_together_are_those_decoded_alone(name: str) -> None:
     hm = HomerModel(load(name).model, FITS.replace(max_chunk_len=CHUNK, target_len=TARGET))
     contexts = [hm.compress(*prompt(3, length, 5)) for length in (20, 150, 90)]
     alone = [hm.generate(context, max_new_tokens=TOKENS).tolist() for context in contexts]
-    caches = [DecodeCache(context, TOKENS) for context in contexts]
+    caches = [DecodeCache.copy_of(context, TOKENS) for context in contexts]
     answers = [[int(context.logits.argmax())] for context in contexts]
     for _ in range(TOKENS - 1):
         logits = decode_step(hm.stack, [answer[-1] for answer in answers], caches)
