@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format proto train-demo
+.PHONY: help setup demo test chaos bench lint format proto train-demo
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ demo: setup ## ask a question about a long document on a local cluster of two CP
 
 test: setup ## run the tests
 	@$(BIN)/python -m pytest
+
+chaos: setup ## 60 faults among questions, then 300 requests of mixed fates; SEED=7 and FAULTS=100 choose
+	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(FAULTS),--faults $(FAULTS))
+	@$(BIN)/python -m tests.chaos.leaks $(if $(SEED),--seed $(SEED))
 
 bench: setup ## measure speed, memory, transfer and answers; prints tables and writes plots to out/
 	@$(BIN)/homer bench all

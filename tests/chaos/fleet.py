@@ -46,7 +46,7 @@ class Seat:
         self.client: WatchedClient | None = None
         self.process: asyncio.subprocess.Process | None = None
         # The worker's own, which may be a child of what was started.
-        self.pid = 0
+        self.pid: int | None = None
         # Set when the scheduler gave it up, whatever its process does.
         self.given_up = asyncio.Event()
         self._command = command
@@ -60,13 +60,13 @@ class Seat:
 
     def signal(self, number: int) -> None:
         """Send a signal, if there is still somebody to get it."""
-        if self.alive:
+        if self.alive and self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     async def start(self) -> None:
         """Start a process, and connect to it."""
-        self.pid = 0
+        self.pid = None
         self.process = await asyncio.create_subprocess_exec(
             *self.host.prefix,
             *self._command,
@@ -107,7 +107,9 @@ class Seat:
         await self.disconnect()
         if self.process is not None and self.process.returncode is None:
             # A stopped process hears nothing else.
-            self.signal(signal.SIGKILL) if self.pid else self.process.kill()
+            self.signal(signal.SIGKILL)
+            if self.pid is None:
+                self.process.kill()
             await self.process.wait()
         await self.host.close()
 

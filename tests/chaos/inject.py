@@ -48,7 +48,7 @@ class _Armed:
 class Injector:
     """Injects `faults` one after the other; most begin while an earlier one is still felt.
 
-    Whatever a fault needs, at least two workers are left alone.
+    Whatever a fault needs, at least one worker is left alone.
     """
 
     def __init__(self, faults: Sequence[Fault], draw: random.Random) -> None:
@@ -146,7 +146,7 @@ class Injector:
     def _victims(
         self, fleet: Fleet, fault: Fault, actor: Seat, addresses: Collection[str]
     ) -> list[Seat]:
-        """Whom the fault hits; nobody where that would leave fewer than two workers in peace."""
+        """Whom the fault hits; nobody where that would leave no worker in peace."""
         holders = [seat for address in addresses if (seat := fleet.by_address(address))]
         first = self._draw.choice(holders) if holders and fault.role is Role.HOLDER else actor
         victims = [first]
@@ -154,7 +154,7 @@ class Injector:
             others = [actor, *holders] if holders else list(fleet.serving)
             victims += [seat for seat in others if seat is not first][:1]
         sound = self._sound(fleet)
-        if any(victim not in sound for victim in victims) or len(sound) - len(victims) < 2:
+        if any(victim not in sound for victim in victims) or len(sound) <= len(victims):
             return []
         return victims
 

@@ -269,7 +269,7 @@ async def settled(fleet: Fleet, scheduler: Scheduler, out: Leaks) -> dict[str, i
     if scheduler.running_jobs or scheduler.queued_jobs:
         out.held.append(f"the scheduler has {scheduler.load}")
     gc.collect()
-    sizes = {seat.name: resident_bytes(seat.pid) for seat in fleet.seats}
+    sizes = {seat.name: resident_bytes(seat.pid) for seat in fleet.seats if seat.pid}
     return {**sizes, "service": resident_bytes("self")}
 
 
