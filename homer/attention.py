@@ -20,8 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from homer.config import ScoreKind
 from homer.errors import ModelError
 from homer.families import Window
+from homer.significance import Scored, significance
 from homer.state import LayerKV
 
 _PREFIX = "homer_"
@@ -88,17 +90,6 @@ class AttentionCall:
             )
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
-    def last_query_scores(self, tokens: int) -> torch.Tensor:
-        """Largest scaled logit over the heads of the last query against each of the last keys.
-
-        Raw logits after RoPE, in float32, with no softmax, soft cap or window (paper, section 3.2).
-        Grouped queries use their group's key. Shape (tokens,).
-        """
-        key = self.key[0, :, self.key.shape[2] - tokens :]
-        last = self.query[0, :, -1].float().view(key.shape[0], -1, key.shape[2])
-        logits = torch.matmul(last, key.float().transpose(1, 2)) * self.scaling
-        return logits.amax(dim=(0, 1))
-
 
 class LayerPass:
     """One run of some tokens through some layers, for the thread that entered it.
@@ -163,6 +154,8 @@ class NodePass(LayerPass):
         layer.
     score_layer : int, optional
         The layer that the scores come from; by default the last one.
+    score, suffix_len
+        How tokens are scored, and how many of the last ones are the suffix.
     on_scores : callable, or None
         Called with (layer, scores) in every layer; for calibration.
     keep_kv : bool
@@ -175,6 +168,8 @@ class NodePass(LayerPass):
     end: int | None = None
     choose_rows: Callable[[torch.Tensor], torch.Tensor] | None = None
     score_layer: int | None = None
+    score: ScoreKind = "max_logit"
+    suffix_len: int = 1
     on_scores: Callable[[int, torch.Tensor], None] | None = None
     keep_kv: bool = True
     kv: list[LayerKV] = field(default_factory=list)
@@ -199,9 +194,10 @@ class NodePass(LayerPass):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         prunes = self.choose_rows is not None
-        scored = self.layer == self.score_layer or (self.is_last_layer and self._scores is None)
-        if self.on_scores is not None or (prunes and scored):
-            self._scores = call.last_query_scores(self.tokens)
+        decides = self.layer == self.score_layer or (self.is_last_layer and self._scores is None)
+        if self.on_scores is not None or (prunes and decides):
+            scored = Scored(call.query[0], call.key[0], call.scaling, self.suffix_len)
+            self._scores = significance(self.score, scored)
             if self.on_scores is not None:
                 self.on_scores(self.layer, self._scores)
         if self.is_last_layer and self.choose_rows is not None and self._scores is not None:

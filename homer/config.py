@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from homer.errors import ConfigError
 
 PlanKind = Literal["balanced", "paper"]
+ScoreKind = Literal["max_logit", "softmax_mean", "query_window", "key_norm", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,9 @@ class HomerConfig:
     refresh_suffix : bool
         Run the suffix once more at the root, over the surviving context, instead of using the
         average of all chunks' suffix states.
+    score : "max_logit", "softmax_mean", "query_window", "key_norm" or "random"
+        What decides which tokens are kept (`homer.significance`). "max_logit" is the paper's, and
+        the only one that a calibration bias is measured for; others are used without.
 
     Raises
     ------
@@ -59,6 +63,7 @@ class HomerConfig:
     plan: PlanKind = "balanced"
     fan_in: int | None = None
     refresh_suffix: bool = True
+    score: ScoreKind = "max_logit"
 
     def __post_init__(self) -> None:
         for field, least in (("max_chunk_len", 2), ("target_len", 1), ("warmup_layers", 0)):
@@ -72,6 +77,8 @@ class HomerConfig:
             )
         if self.plan not in get_args(PlanKind):
             raise ConfigError(f"plan is {self.plan!r}; set it to one of {get_args(PlanKind)}")
+        if self.score not in get_args(ScoreKind):
+            raise ConfigError(f"score is {self.score!r}; set it to one of {get_args(ScoreKind)}")
         if self.fan_in is not None and self.fan_in < 2:
             raise ConfigError(f"fan_in is {self.fan_in}; set it to 2 or more, or leave it out")
 

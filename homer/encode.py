@@ -244,6 +244,8 @@ class TreeEncoder:
         node_pass = NodePass(
             span=plan.next_position,
             score_layer=score_layer,
+            score=plan.config.score,
+            suffix_len=plan.suffix_len,
             past_positions=torch.arange(plan.prefix_len, device=hidden.device),
             past=prefix_kv.__getitem__ if prefix_kv is not None else None,
             # A prompt that fits runs as the plain model would, to the last bit.
@@ -275,7 +277,8 @@ class TreeEncoder:
     def _calibrated(
         self, scores: torch.Tensor, positions: torch.Tensor, layer: int
     ) -> torch.Tensor:
-        if self.bias is None:
+        # A bias is the mean of the paper's scores; it says nothing about others.
+        if self.bias is None or self.plan.config.score != "max_logit":
             return scores
         return scores - self.bias[layer].to(scores)[positions[-1] - positions]
 

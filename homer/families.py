@@ -11,7 +11,7 @@ Adding a family: docs/families.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from homer.errors import ModelError
@@ -69,6 +69,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(norm="final_layer_norm", cache_argument="layer_past"),
     "gpt_oss": _LLAMA,
     "granite": _GRANITE,
+    "granitemoe": replace(_GRANITE, per_token_modules=("block_sparse_moe",)),
     "llama": _LLAMA,
     "llama4_text": Family(per_token_modules=("feed_forward",)),
     "mistral": _LLAMA,
@@ -114,12 +115,22 @@ def family_of(config: Any) -> Family:
             f"{name} has no rotary position embeddings; Homer needs them: positions start again in "
             f"every chunk"
         )
+    for field in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
+        if _differs_by_layer(config, field):
+            raise ModelError(f"{name} has layers that differ in {field}; Homer needs them alike")
     if kinds := sorted(set(_layer_types(config)) - {"full_attention", *_LOCAL_KINDS}):
         raise ModelError(
             f"{name} has layers of type {', '.join(kinds)}, whose state is no row per token; Homer "
             f"needs attention over keys and values in every layer"
         )
     return FAMILIES.get(name, _UNTESTED)
+
+
+def _differs_by_layer(config: Any, field: str) -> bool:
+    try:
+        return isinstance(getattr(config, field, None), list | tuple)
+    except Exception:  # transformers' own, which moves: the field is there, layer by layer
+        return True
 
 
 def _layer_types(config: Any) -> list[str]:
@@ -205,3 +216,54 @@ def cache_row(config: Any, family: Family) -> CacheRow:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return CacheRow((kv_heads, head_dim), (kv_heads, head_dim))
+
+
+def active_mlp_width(config: Any) -> int:
+    """Width of the MLP that one token goes through, experts summed; an estimate, for costs."""
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    if not any(getattr(config, name, None) for name in experts):
+        return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    shared = width * (getattr(config, "n_shared_experts", None) or 0)
+    shared += getattr(config, "shared_expert_intermediate_size", None) or 0
+    return int(width * (config.num_experts_per_tok or 1) + shared)
+
+
+def _main_rope(config: Any) -> dict[str, Any]:
+    rope: dict[str, Any] = config.rope_parameters
+    return rope if "rope_type" in rope else rope.get("full_attention") or next(iter(rope.values()))
+
+
+def usable_window(config: Any) -> int:
+    """How many positions the model tells apart, scaling included.
+
+    `max_position_embeddings` is what a model was trained on, scaling included, but for dynamic NTK,
+    where transformers scales beyond it. Where the length before scaling is given as well, the
+    window reaches at least that many times the factor. A model whose layers are all local sees no
+    farther than they do.
+    """
+    window: int = config.max_position_embeddings
+    rope = _main_rope(config)
+    factor = rope.get("factor") or 1
+    if rope["rope_type"] == "dynamic":
+        window = int(window * factor)
+    elif rope["rope_type"] != "longrope":
+        window = max(window, int((rope.get("original_max_position_embeddings") or 0) * factor))
+    local = [layer.size for layer in layer_windows(config) if layer is not None]
+    return min(window, max(local)) if len(local) == config.num_hidden_layers else window
+
+
+def describe_window(config: Any) -> str:
+    """Where the usable window comes from."""
+    window, stated = usable_window(config), config.max_position_embeddings
+    rope = _main_rope(config)
+    scaling = rope["rope_type"]
+    if window < stated:
+        return f"all layers are local; max_position_embeddings is {stated:,}"
+    if window > stated:
+        before = stated
+        if scaling != "dynamic":
+            before = rope["original_max_position_embeddings"]
+        return f"{before:,} scaled by {rope['factor']:g} ({scaling})"
+    included = "" if scaling == "default" else f", {scaling} scaling included"
+    return f"max_position_embeddings{included}"

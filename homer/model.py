@@ -21,7 +21,7 @@ from homer.generation import generate_tokens
 from homer.loading import load_model
 from homer.plan import MergePlan
 from homer.sampling import SamplingParams
-from homer.shape import homer_defaults
+from homer.shape import ModelShape, defaults_for
 from homer.stack import LayerStack, decoder_of
 
 
@@ -85,7 +85,10 @@ class HomerModel:
                 num_layers=decoder_of(model).config.num_hidden_layers,
                 hidden_size=decoder_of(model).config.hidden_size,
             )
-        return cls(model, config or homer_defaults(path_or_id), bias)
+        if config is None:
+            # From the model as it was loaded: `kwargs` may have scaled its window.
+            config = defaults_for(path_or_id, lambda: ModelShape.of(model.config))
+        return cls(model, config, bias)
 
     def plan(self, prefix_len: int, context_len: int, suffix_len: int) -> MergePlan:
         """The merge plan for a prompt of these lengths."""

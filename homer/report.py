@@ -12,20 +12,26 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from homer.config import HomerConfig
 from homer.cost import PlanCost, node_flops
 from homer.plan import MergePlan, NodeId
 from homer.shape import ModelShape
 
 
-def plan_summary(plan: MergePlan, cost: PlanCost) -> dict[str, Any]:
-    """The plan and its cost as plain values, for JSON."""
+def plan_summary(
+    plan: MergePlan, cost: PlanCost, shape: ModelShape, sources: dict[str, str]
+) -> dict[str, Any]:
+    """The plan, its cost and where its settings come from as plain values, for JSON."""
     return {
         "prompt_tokens": plan.prompt_len,
         "prefix_tokens": plan.prefix_len,
         "context_tokens": plan.context_len,
         "suffix_tokens": plan.suffix_len,
         "num_layers": plan.num_layers,
+        "window": shape.window,
+        "window_source": shape.window_source,
         "config": asdict(plan.config),
+        "setting_sources": sources,
         "leaves": len(plan.leaves),
         "merges": len(plan.merges),
         "fan_in": plan.fan_in,
@@ -37,12 +43,15 @@ def plan_summary(plan: MergePlan, cost: PlanCost) -> dict[str, Any]:
     }
 
 
-def plan_facts(plan: MergePlan, cost: PlanCost) -> Table:
+def plan_facts(
+    plan: MergePlan, cost: PlanCost, shape: ModelShape, sources: dict[str, str]
+) -> Table:
     """What holds for the plan as a whole, one fact a row."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
     leaves = len(plan.leaves)
+    add_settings(table, plan.config, shape, sources)
     table.add_row(
         "prompt",
         f"{plan.prompt_len:,} tokens ({plan.prefix_len:,} prefix + {plan.context_len:,} context "
@@ -66,6 +75,17 @@ def plan_facts(plan: MergePlan, cost: PlanCost) -> Table:
         f"{format_flops(cost.full_flops)})",
     )
     return table
+
+
+def add_settings(
+    table: Table, config: HomerConfig, shape: ModelShape, sources: dict[str, str]
+) -> None:
+    """The window, and the settings that follow from it where nobody gives them."""
+    table.add_row("window", f"{shape.window:,} positions ({shape.window_source})")
+    for name, source in sources.items():
+        value = getattr(config, name)
+        of_layers = f" of {shape.num_layers}" if name == "warmup_layers" else " tokens"
+        table.add_row(name, f"{value:,}{of_layers} ({source})")
 
 
 def plan_table(plan: MergePlan, cost: PlanCost) -> Table:

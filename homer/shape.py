@@ -1,18 +1,21 @@
 """A model's dimensions and recommended settings, from the files beside its weights.
 
-Reads JSON alone: imports neither torch nor transformers. Knows nothing about trees or machines.
+Configs are read by transformers, which knows what a family's config leaves out; it is imported only
+when one is read. Knows nothing about trees or machines.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from homer.config import HomerConfig
 from homer.errors import ConfigError, ModelError
+from homer.families import active_mlp_width, cache_row, describe_window, family_of, usable_window
 
 DEFAULTS_FILE = "homer.json"
 BIAS_FILE = "bias.safetensors"
@@ -23,7 +26,10 @@ _VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 class ModelShape:
     """What costs depend on. The defaults are those of Llama-2-7B in half precision.
 
-    `value_bytes` is the size of one number of the KV cache.
+    `window` is how many positions the model can tell apart, scaling included; `window_source` says
+    where that comes from. `intermediate_size` counts the experts that a token takes.
+    `cached_numbers` is what one token takes in one layer's cache, where that is not a key and a
+    value for each of `num_kv_heads`; `value_bytes` is the size of one number of it.
     """
 
     num_layers: int = 32
@@ -35,13 +41,14 @@ class ModelShape:
     vocab_size: int = 32000
     window: int = 4096
     value_bytes: int = 2
+    cached_numbers: int | None = None
+    window_source: str = "given"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ConfigError(
-                    f"{field.name} is {getattr(self, field.name)}; set it to 1 or more"
-                )
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"{field.name} is {value}; set it to 1 or more")
 
     @classmethod
     def load(cls, path_or_id: str | Path) -> ModelShape:
@@ -50,27 +57,30 @@ class ModelShape:
         Raises
         ------
         ModelError
-            When there is no config, or it lacks a dimension.
+            When there is no config, or Homer cannot run such a model.
         """
-        config = _read_config(path_or_id)
-        try:
-            heads = config["num_attention_heads"]
-            dtype = config.get("dtype") or config.get("torch_dtype")
-            return cls(
-                num_layers=config["num_hidden_layers"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_heads=heads,
-                num_kv_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                vocab_size=config["vocab_size"],
-                window=config["max_position_embeddings"],
-                value_bytes=_VALUE_BYTES.get(str(dtype), 4),
-            )
-        except KeyError as error:
-            raise ModelError(
-                f"the config of {str(path_or_id)!r} has no {error}; give the dimensions instead"
-            ) from error
+        return cls.of(load_config(path_or_id))
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """The dimensions that a transformers config says, of a decoder or of what holds one."""
+        config = config.get_text_config(decoder=True)
+        family = family_of(config)
+        row = cache_row(config, family)
+        heads = config.num_attention_heads
+        return cls(
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=active_mlp_width(config),
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab_size=config.vocab_size,
+            window=usable_window(config),
+            value_bytes=_VALUE_BYTES.get(str(config.dtype).removeprefix("torch."), 4),
+            cached_numbers=row.numbers,
+            window_source=describe_window(config),
+        )
 
     def recommended_config(self, **given: Any) -> HomerConfig:
         """Half of the window and 3/8 of the layers, but for what is `given`."""
@@ -85,7 +95,8 @@ class ModelShape:
     @property
     def kv_bytes_per_row(self) -> int:
         """Bytes of one token's key and value in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * self.value_bytes
+        numbers = self.cached_numbers or 2 * self.num_kv_heads * self.head_dim
+        return numbers * self.value_bytes
 
 
 def homer_defaults(path_or_id: str | Path, **overrides: Any) -> HomerConfig:
@@ -100,36 +111,77 @@ def homer_defaults(path_or_id: str | Path, **overrides: Any) -> HomerConfig:
     ConfigError
         When `homer.json` has unknown or wrong settings.
     """
+    return defaults_for(path_or_id, lambda: ModelShape.load(path_or_id), **overrides)
+
+
+def defaults_for(
+    path_or_id: str | Path, shape: Callable[[], ModelShape], **overrides: Any
+) -> HomerConfig:
+    """`homer_defaults` for a model of this `shape`, which is asked for where it is needed."""
     given = {name: value for name, value in overrides.items() if value is not None}
+    settings = _settings_beside(path_or_id)
+    if settings is None:
+        return shape().recommended_config(**given)
+    return HomerConfig(**{**settings, **given})
+
+
+def settings_sources(path_or_id: str | Path | None, **given: Any) -> dict[str, str]:
+    """Where the settings that are derived when nobody gives them come from, by name."""
+    settings = (None if path_or_id is None else _settings_beside(path_or_id)) or {}
+    derived = {
+        "max_chunk_len": "half of the window",
+        "target_len": "half of the window",
+        "warmup_layers": "3/8 of the layers",
+    }
+    return {
+        name: "given" if name in given else DEFAULTS_FILE if name in settings else source
+        for name, source in derived.items()
+    }
+
+
+def load_config(path_or_id: str | Path) -> Any:
+    """A model's config as transformers reads it; weights are not touched.
+
+    Raises
+    ------
+    ModelError
+        When there is none, or transformers does not know such a model.
+    ConfigError
+        When it is no JSON.
+    """
+    file = Path(path_or_id) / "config.json"
+    if file.is_file():
+        _read_json(file)
+    elif Path(path_or_id).is_dir():
+        raise ModelError(
+            f"{str(path_or_id)!r} has no config.json; give a Hugging Face model folder"
+        )
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(path_or_id)
+    except OSError as error:
+        raise ModelError(
+            f"{str(path_or_id)!r} is no folder, and its config cannot be fetched: {error}"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot read the config of "
+            f"{str(path_or_id)!r}: {error}"
+        ) from error
+
+
+def _settings_beside(path_or_id: str | Path) -> dict[str, Any] | None:
     file = Path(path_or_id) / DEFAULTS_FILE
     if not file.is_file():
-        return ModelShape.load(path_or_id).recommended_config(**given)
+        return None
     settings = _read_json(file)
     known = {field.name for field in dataclasses.fields(HomerConfig)}
     if unknown := settings.keys() - known:
         raise ConfigError(
             f"{file} has unknown settings {sorted(unknown)}; known are {sorted(known)}"
         )
-    return HomerConfig(**{**settings, **given})
-
-
-def _read_config(path_or_id: str | Path) -> dict[str, Any]:
-    file = Path(path_or_id) / "config.json"
-    if file.is_file():
-        return _read_json(file)
-    if Path(path_or_id).is_dir():
-        raise ModelError(
-            f"{str(path_or_id)!r} has no config.json; give a Hugging Face model folder"
-        )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return _read_json(Path(hf_hub_download(str(path_or_id), "config.json")))
-    except (OSError, HFValidationError) as error:
-        raise ModelError(
-            f"{str(path_or_id)!r} is no folder, and its config cannot be fetched: {error}"
-        ) from error
+    return settings
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -12,10 +12,12 @@ import torch
 from homer import attention
 from homer.attention import LayerPass, NodePass
 from homer.errors import ModelError, PromptError
-from homer.families import Window, cache_row, family_of, layer_windows
+from homer.families import CacheRow, Window, cache_row, family_of, layer_windows
 from homer.rotary import Rotary
 
-_CHECK_TOKENS = 12
+_CHECK_TOKENS, _CHECK_PAST = 12, 4
+# Half precision, added up in another order, is off by a few thousandths.
+_CHECK_TOLERANCE = 0.02
 
 
 def decoder_of(model: Any) -> Any:
@@ -52,6 +54,11 @@ class LayerStack:
                 f"{type(model).__name__} has no {', '.join(missing)}; Homer needs a decoder-only "
                 f"model with rotary position embeddings"
             )
+        if not self.family.tested and not getattr(model, "_supports_attention_backend", False):
+            raise ModelError(
+                f"{type(model).__name__} does not go through transformers' attention interface, by "
+                f"which Homer runs a model's layers"
+            )
         attention.install(model)
         self.model = model
         self.layers = base.layers
@@ -64,9 +71,9 @@ class LayerStack:
                 for name in self.family.per_token_modules:
                     if hasattr(layer, name):
                         attention.run_on_kept_rows(getattr(layer, name))
+            if not self.family.tested and self.device.type != "meta":
+                self._check_against_own_forward()
             model._homer_hooks = True
-        if not self.family.tested and self.device.type != "meta":
-            self._check_against_own_forward()
 
     @property
     def num_layers(self) -> int:
@@ -170,28 +177,39 @@ class LayerStack:
 
     @torch.inference_mode()
     def _check_against_own_forward(self) -> None:
-        """Run a few tokens piece by piece and as the model does; refuse where they differ."""
+        """Run a few tokens in two parts, layer by layer; refuse where the model itself differs."""
         name = f"{type(self.model).__name__} ({self.config.model_type})"
         ids = torch.arange(_CHECK_TOKENS, device=self.device) % self.vocab_size
-        expected = self.model(ids[None], use_cache=False).logits[0].float()
-        node_pass = NodePass(span=_CHECK_TOKENS)
-        positions = torch.arange(_CHECK_TOKENS, device=self.device)
+        expected = self.model(ids[None], use_cache=False).logits[0, _CHECK_PAST:].float()
+        positions, layers = torch.arange(_CHECK_TOKENS, device=self.device), range(self.num_layers)
+        scored: list[int] = []
+        first = NodePass(span=_CHECK_TOKENS)
+        second = NodePass(
+            span=_CHECK_TOKENS,
+            past=first.kv.__getitem__,
+            past_positions=positions[:_CHECK_PAST],
+            on_scores=lambda layer, _: scored.append(layer),
+        )
         try:
-            hidden = self.run(self.embed(ids), positions, range(self.num_layers), node_pass)
-            logits = self.logits(hidden)
+            self.run(self.embed(ids[:_CHECK_PAST]), positions[:_CHECK_PAST], layers, first)
+            hidden = self.embed(ids[_CHECK_PAST:])
+            logits = self.logits(self.run(hidden, positions[_CHECK_PAST:], layers, second))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"{name} cannot be run layer by layer: {error}") from error
-        rows = [
-            tuple((tensor.shape[0], tensor.shape[2]) for tensor in layer) for layer in node_pass.kv
-        ]
-        if rows != [(self.cache_row.key, self.cache_row.value)] * self.num_layers:
+        rows = {CacheRow(*((t.shape[0], t.shape[2]) for t in layer)) for layer in second.kv}
+        if scored != list(layers) or len(second.kv) != len(layers):
             raise ModelError(
-                f"{name} caches rows of shapes {sorted(set(rows))}, not {self.cache_row} in every "
-                f"layer; describe the family in homer/families.py"
+                f"{name} has layers whose attention does not go through transformers' attention "
+                f"interface and cache, by which Homer runs a model's layers"
+            )
+        if rows != {self.cache_row}:
+            raise ModelError(
+                f"{name} caches {rows}, not {self.cache_row} in every layer; describe the family "
+                f"in homer/families.py"
             )
         scale = expected.std().item()
         worst = (logits - expected).abs().max().item()
-        if not worst <= 0.02 * scale:
+        if not worst <= _CHECK_TOLERANCE * scale:
             raise ModelError(
                 f"{name} run layer by layer differs from its own forward pass (by {worst:.2g} in "
                 f"logits that spread by {scale:.2g}): it does more around its layers than Homer "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from homer.config import HomerConfig, PlanKind
+from typing import cast
+
+from homer.config import HomerConfig, PlanKind, ScoreKind
 from homer.plan import MergePlan, NodeId
 from homer.v1 import plan_pb2, worker_pb2
 
@@ -41,6 +43,7 @@ def write_plan(plan: MergePlan) -> worker_pb2.PlanSpec:
         fan_in=config.fan_in or 0,
         refresh_suffix=config.refresh_suffix,
         plan=PLAN_KINDS[config.plan],
+        score=config.score,
     )
 
 
@@ -60,6 +63,7 @@ def read_plan(spec: worker_pb2.PlanSpec) -> MergePlan:
         plan=read_plan_kind(spec.plan),
         fan_in=spec.fan_in or None,
         refresh_suffix=spec.refresh_suffix,
+        score=cast(ScoreKind, spec.score or HomerConfig.score),
     )
     return MergePlan.build(
         spec.prefix_len, spec.context_len, spec.suffix_len, spec.num_layers, config

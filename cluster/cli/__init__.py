@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import bench, calibrate, generate, plan, serve, status, trace
+from cluster.cli import bench, calibrate, doctor, generate, plan, serve, status, trace
 from cluster.errors import PlacementError, ServiceError
 from homer import __version__
 from homer.errors import (
@@ -40,6 +40,7 @@ app.command()(status.status)
 app.command()(trace.trace)
 app.command()(plan.plan)
 app.command()(calibrate.calibrate)
+app.command()(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 
 

@@ -1,6 +1,6 @@
 """`homer plan`: what a prompt of some length would cost, before anything is loaded.
 
-Needs neither torch nor Ray nor weights.
+Needs neither Ray nor weights; without --model not even torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cluster.cli.settings import (
 from homer.config import HomerConfig
 from homer.errors import ConfigError
 from homer.plan import MergePlan
-from homer.shape import ModelShape, homer_defaults
+from homer.shape import ModelShape, defaults_for, settings_sources
 
 _MODEL = "Model"
 _DIMENSIONS = "Model dimensions, where no --model is given (defaults: Llama-2-7B)"
@@ -78,16 +78,18 @@ def plan(
     merge_plan = MergePlan.build(
         prefix_tokens, context_tokens, suffix_tokens, shape.num_layers, config
     )
-    _show(merge_plan, shape, tree=tree, as_json=as_json)
+    sources = settings_sources(model, **settings.given())
+    _show(merge_plan, shape, sources, tree=tree, as_json=as_json)
 
 
 def _resolve(
-    model: str | None, dimensions: dict[str, int], settings: dict[str, Any]
+    model: str | None, dimensions: dict[str, Any], settings: dict[str, Any]
 ) -> tuple[ModelShape, HomerConfig]:
     if model is not None:
         if dimensions:
             raise ConfigError("--model gives the dimensions; leave out " + ", ".join(dimensions))
-        return ModelShape.load(model), homer_defaults(model, **settings)
+        shape = ModelShape.load(model)
+        return shape, defaults_for(model, lambda: shape, **settings)
     shape = ModelShape(**dimensions)
     if "num_heads" in dimensions and "num_kv_heads" not in dimensions:
         shape = dataclasses.replace(shape, num_kv_heads=shape.num_heads)
@@ -95,7 +97,9 @@ def _resolve(
     return shape, shape.recommended_config(**settings)
 
 
-def _show(plan: MergePlan, shape: ModelShape, *, tree: bool, as_json: bool) -> None:
+def _show(
+    plan: MergePlan, shape: ModelShape, sources: dict[str, str], *, tree: bool, as_json: bool
+) -> None:
     from rich.console import Console
 
     from homer.cost import PlanCost
@@ -103,10 +107,10 @@ def _show(plan: MergePlan, shape: ModelShape, *, tree: bool, as_json: bool) -> N
 
     cost = PlanCost.of(plan, shape)
     if as_json:
-        typer.echo(json.dumps(plan_summary(plan, cost)))
+        typer.echo(json.dumps(plan_summary(plan, cost, shape, sources)))
         return
     console = Console()
-    console.print(plan_facts(plan, cost))
+    console.print(plan_facts(plan, cost, shape, sources))
     console.print(plan_table(plan, cost))
     if tree:
         console.print(plan_tree(plan, shape), crop=False)

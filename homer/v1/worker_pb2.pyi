@@ -18,7 +18,7 @@ class NodeId(_message.Message):
     def __init__(self, height: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
 
 class PlanSpec(_message.Message):
-    __slots__ = ("prefix_len", "context_len", "suffix_len", "num_layers", "max_chunk_len", "target_len", "warmup_layers", "max_initial_chunk_len", "fan_in", "refresh_suffix", "plan")
+    __slots__ = ("prefix_len", "context_len", "suffix_len", "num_layers", "max_chunk_len", "target_len", "warmup_layers", "max_initial_chunk_len", "fan_in", "refresh_suffix", "plan", "score")
     PREFIX_LEN_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LEN_FIELD_NUMBER: _ClassVar[int]
     SUFFIX_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class PlanSpec(_message.Message):
     FAN_IN_FIELD_NUMBER: _ClassVar[int]
     REFRESH_SUFFIX_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
     prefix_len: int
     context_len: int
     suffix_len: int
@@ -41,7 +42,8 @@ class PlanSpec(_message.Message):
     fan_in: int
     refresh_suffix: bool
     plan: _plan_pb2.PlanKind
-    def __init__(self, prefix_len: _Optional[int] = ..., context_len: _Optional[int] = ..., suffix_len: _Optional[int] = ..., num_layers: _Optional[int] = ..., max_chunk_len: _Optional[int] = ..., target_len: _Optional[int] = ..., warmup_layers: _Optional[int] = ..., max_initial_chunk_len: _Optional[int] = ..., fan_in: _Optional[int] = ..., refresh_suffix: _Optional[bool] = ..., plan: _Optional[_Union[_plan_pb2.PlanKind, str]] = ...) -> None: ...
+    score: str
+    def __init__(self, prefix_len: _Optional[int] = ..., context_len: _Optional[int] = ..., suffix_len: _Optional[int] = ..., num_layers: _Optional[int] = ..., max_chunk_len: _Optional[int] = ..., target_len: _Optional[int] = ..., warmup_layers: _Optional[int] = ..., max_initial_chunk_len: _Optional[int] = ..., fan_in: _Optional[int] = ..., refresh_suffix: _Optional[bool] = ..., plan: _Optional[_Union[_plan_pb2.PlanKind, str]] = ..., score: _Optional[str] = ...) -> None: ...
 
 class RequestSpec(_message.Message):
     __slots__ = ("request_id", "plan", "prefix_ids", "suffix_ids")

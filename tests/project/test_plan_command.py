@@ -28,6 +28,12 @@ def test_the_table_shows_leaves_levels_layers_tokens_bytes_and_flops() -> None:
     assert "64 of at most 1,024 context tokens" in done.stdout
     for text in ("full attention's 32.0 GiB", "of full attention's 2.0 P", "│ leaves ", "│ root "):
         assert text in done.stdout
+    for text in (
+        "4,096 positions (given)",
+        "2,048 tokens (half of",
+        "12 of 32 (3/8 of the layers)",
+    ):
+        assert text in done.stdout
     assert "leaf 0 " not in done.stdout
     assert "leaf 63 " in run_plan("--context-tokens", "65536", "--paper", "--tree").stdout
 
@@ -52,6 +58,8 @@ def test_json_is_the_plan_of_the_model_whose_config_is_read(kind: PlanKind, tmp_
     assert summary["leaves"] == len(plan.leaves)
     assert summary["kept_tokens"] == plan.kept_len
     assert summary["config"] == vars(config)
+    assert summary["window"] == 4096
+    assert set(summary["setting_sources"].values()) == {"given"}
     assert [(level["layer_start"], level["layer_end"]) for level in summary["levels"]] == sorted(
         {(node.layer_start, node.layer_end) for node in plan.nodes}
     )

@@ -6,6 +6,8 @@ All families run in one process in `tests/homer/families`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,12 +24,13 @@ def test_two_workers_equal_one_process(name: str) -> None:
     model = HomerModel.from_pretrained(model_dir(name), config, device="cpu", dtype="float32")
     parts = prompt(3, 150, 5)
     with running_workers(model_dir(name), count=2) as workers:
-        for refresh in (True, False):
-            model = HomerModel(model.model, config.replace(refresh_suffix=refresh))
+        changes: list[dict[str, Any]] = [{}, {"refresh_suffix": False}, {"score": "query_window"}]
+        for change in changes:
+            model = HomerModel(model.model, config.replace(**change))
             context = model.compress(*parts)
             expected = model.generate(context, max_new_tokens=TOKENS, ignore_eos=True)
             plan = model.plan(*(len(part) for part in parts))
-            across = Prompt.of(f"{name}/{refresh}", plan, [part[None] for part in parts])
+            across = Prompt.of(f"{name}/{change}", plan, [part[None] for part in parts])
             answer = run_across(across, workers, 0, max_tokens=TOKENS)
             assert list(answer.ready.context_indices) == context.context_indices.tolist()
             assert answer.tokens == expected.tolist()

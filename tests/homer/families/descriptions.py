@@ -103,7 +103,8 @@ def latent_projections(attention: Any, x: Tensor, config: Any) -> tuple[Tensor, 
 
 
 def mlp_of(layer: Any, x: Tensor) -> Tensor:
-    module = layer.mlp if hasattr(layer, "mlp") else layer.feed_forward
+    names = ("mlp", "feed_forward", "block_sparse_moe")
+    module = next(getattr(layer, name) for name in names if hasattr(layer, name))
     out = module(x[None])
     out = out[0] if isinstance(out, tuple) else out
     return out.reshape(x.shape)
@@ -174,6 +175,13 @@ GEMMA: dict[str, Any] = {
     "scale": lambda config, _: config.query_pre_attn_scalar**-0.5,
     "logits": softcapped,
 }
+GRANITE = Description(
+    split_projections,
+    norm_first,
+    scale=lambda config, _: config.attention_multiplier,
+    embed=lambda config, x: x * config.embedding_multiplier,
+    logits=lambda config, x: x / config.logits_scaling,
+)
 NORMED_HEADS = normed_heads("q_norm", "k_norm")
 
 DESCRIPTIONS: dict[str, Description] = {
@@ -199,13 +207,7 @@ DESCRIPTIONS: dict[str, Description] = {
         output="dense",
         norm="final_layer_norm",
     ),
-    "granite": Description(
-        split_projections,
-        norm_first,
-        scale=lambda config, _: config.attention_multiplier,
-        embed=lambda config, x: x * config.embedding_multiplier,
-        logits=lambda config, x: x / config.logits_scaling,
-    ),
+    **dict.fromkeys(["granite", "granitemoe"], GRANITE),
     "llama4_text": Description(
         split_projections,
         norm_first,

@@ -41,6 +41,8 @@ class Reference:
         base = model.get_decoder()
         self.base = base.model if not hasattr(base, "layers") else base
         self.config = self.base.config
+        self.score_kind = "max_logit"
+        self.suffix_len = 0
 
     def embed(self, ids: list[int]) -> Tensor:
         table = self.model.get_input_embeddings()
@@ -122,7 +124,7 @@ class Reference:
             key, value = self.keys_and_values(layer, rows, len(query))
             head_dim = query.shape[-1]
             logits = query @ key.transpose(1, 2) * about.scale(config, head_dim)
-            kept.extend([new, logits[:, -1, first:].amax(0)])
+            kept.extend([new, self.score(logits[:, :, first:].clone(), key[:, first:])])
             cap = about.softcap and getattr(config, about.softcap)
             if cap:
                 logits = cap * torch.tanh(logits / cap)
@@ -141,6 +143,24 @@ class Reference:
 
         hidden = about.layer(module, hidden, attend, config)
         return hidden, kept[0], kept[1]
+
+    def score(self, logits: Tensor, key: Tensor) -> Tensor:
+        """Scores of the new keys from the logits of all queries: (heads, tokens, tokens)."""
+        tokens = logits.shape[-1]
+        if self.score_kind == "max_logit":
+            return logits[:, -1].amax(0)
+        if self.score_kind == "key_norm":
+            return -(key**2).sum(-1).sqrt().mean(0)
+        weights = logits.exp().tril()
+        weights = weights / weights.sum(-1, keepdim=True)
+        if self.score_kind == "softmax_mean":
+            return weights[:, -1].mean(0)
+        mean = weights[:, -self.suffix_len :].mean(dim=(0, 1))
+        before = tokens - self.suffix_len
+        for i in range(before):
+            near = range(max(0, i - 3), min(before, i + 4))
+            weights[0, 0, i] = sum(mean[j] for j in near) / len(near)
+        return torch.cat((weights[0, 0, :before], mean[before:]))
 
     def whole_view(self, layer: int, first: int, last: int) -> bool:
         return self.sees(layer, last, first)

@@ -12,7 +12,9 @@ import torch
 from transformers import DynamicCache
 
 from homer import HomerConfig, HomerModel
+from homer.config import ScoreKind
 from homer.decode import DecodeCache, decode_step
+from homer.errors import ConfigError
 from homer.families import FAMILIES
 from tests.homer.families.descriptions import DESCRIPTIONS
 from tests.homer.families.reference import Reference, State
@@ -74,18 +76,45 @@ def assert_same(context: Any, state: State, tolerance: float) -> None:
 
 @pytest.mark.parametrize("refresh", [False, True], ids=["averaged", "refreshed"])
 @pytest.mark.parametrize("name", MODELS)
-@torch.inference_mode()
 def test_a_prompt_that_does_not_fit_equals_the_slow_implementation(
     name: str, refresh: bool
 ) -> None:
+    compare(name, refresh)
+
+
+@pytest.mark.parametrize("score", ["softmax_mean", "query_window", "key_norm"])
+@pytest.mark.parametrize("name", ["deepseek-v2", "gemma3", "gpt-neox", "llama3", "llama4"])
+def test_other_scores_equal_the_slow_implementation(name: str, score: ScoreKind) -> None:
+    assert compare(name, refresh=True, score=score) != compare(name, refresh=True)
+
+
+def test_a_score_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="score is 'best'; set it to one of"):
+        FITS.replace(score="best")
+
+
+def test_random_scores_are_the_same_each_time_and_about_nothing() -> None:
+    config = HomerConfig(max_chunk_len=CHUNK, target_len=TARGET, warmup_layers=WARMUP)
+    hm = HomerModel(load("llama3").model, config.replace(score="random"))
+    first, second = (hm.compress(*prompt(*LENGTHS)).context_indices.tolist() for _ in range(2))
+    assert first == second
+    other = HomerModel(load("llama2").model, config.replace(score="random"))
+    assert other.compress(*prompt(*LENGTHS)).context_indices.tolist() == first
+
+
+@torch.inference_mode()
+def compare(name: str, refresh: bool, score: ScoreKind = "max_logit") -> list[int]:
+    """Compress, generate and score both ways; the indices that were kept."""
     config = HomerConfig(
         max_chunk_len=CHUNK,
         target_len=TARGET,
         warmup_layers=WARMUP,
         plan="paper",
         refresh_suffix=refresh,
+        score=score,
     )
     slow, parts = reference(name), prompt(*LENGTHS)
+    slow.score_kind, slow.suffix_len = score, LENGTHS[2]
     hm = HomerModel(load(name).model, config)
     context = hm.compress(*parts)
     state, logits, next_position = slow.compress(
@@ -107,6 +136,7 @@ def test_a_prompt_that_does_not_fit_equals_the_slow_implementation(
     expected = torch.cat((logits[None], rest[:-1]))
     assert expected.argmax(-1).tolist() == answer.tolist()
     torch.testing.assert_close(hm.score(context, answer).double(), expected, rtol=0, atol=2e-4)
+    return state.indices
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -58,6 +58,12 @@ _QWEN_EXPERTS = {
     "moe_intermediate_size": 16,
     "decoder_sparse_step": 2,
 }
+_GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
 _LONG = {"short_factor": [1.0, 1.1], "long_factor": [2.0, 3.5]}
 _LLAMA3 = {
     "factor": 4.0,
@@ -161,15 +167,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "stablelm",
         {"rope_parameters": _rope(partial_rotary_factor=0.5), "use_parallel_residual": True},
     ),
-    "granite": (
-        "granite",
-        {
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.6,
-            "attention_multiplier": 0.2,
-            "logits_scaling": 2.0,
-        },
-    ),
+    "granite": ("granite", _GRANITE),
+    "granite-moe": ("granitemoe", {**_GRANITE, **_EXPERTS}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 4}),
     "cohere": ("cohere", {"logit_scale": 0.5, "use_qk_norm": True}),
     "cohere2": (
