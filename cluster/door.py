@@ -32,6 +32,7 @@ from homer.errors import HomerError, PromptError
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc, sampling_pb2
 from workers.errors import status_code
+from workers.logs import log_about
 from workers.plan_wire import read_plan_kind
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
     async def Generate(  # noqa: N802 - gRPC's name
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
+        log_about(request_id=request.request_id)
         self._service.seeing.tracing.follow(context.invocation_metadata())
         # Writes instead of yielding: so a cancel always arrives in here, and is passed on at once.
         try:
@@ -59,9 +61,11 @@ class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
                 async for event in events:
                     await context.write(event_to_wire(event, with_indices))
         except HomerError as error:
-            await context.abort(wire_code(error), str(error))
+            code = wire_code(error)
+            _log.warning("answered with %s: %s", code.name, error)
+            await context.abort(code, str(error))
         except Exception:
-            _log.exception("request %r failed", request.request_id)
+            _log.exception("the request failed")
             await context.abort(
                 grpc.StatusCode.INTERNAL, "the service failed; its log has the cause"
             )

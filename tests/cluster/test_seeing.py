@@ -338,6 +338,18 @@ def worker_name(seen: Seen, worker: WorkerProcess) -> str:
     return f"worker-{seen.workers.index(worker)}"
 
 
+def test_why_a_request_was_not_answered_is_logged_with_its_id(seen: Seen) -> None:
+    with pytest.raises(ServiceError):
+        seen.ask(request_id="too-much", sampling={"max_tokens": 1 << 20})
+
+    def reasons() -> list[str]:
+        return [line["message"] for line in seen.log if line.get("request_id") == "too-much"]
+
+    poll(lambda: bool(reasons()), "no line says why")
+    (reason,) = reasons()
+    assert reason.startswith("answered with INVALID_ARGUMENT: max_tokens is 1048576")
+
+
 def test_no_line_holds_a_prompt_or_an_answer(seen: Seen) -> None:
     texts = [seen.log_text.getvalue()]
     texts += [worker.log.read_text() for worker in seen.workers if worker.log is not None]
