@@ -12,6 +12,7 @@ from cluster.placement import PLACEMENTS, Place, Placement, WorkerSpec
 from cluster.service import Limits
 from homer.config import PlanKind
 from homer.errors import ConfigError
+from workers.options import WIRE_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,9 @@ class ServeOptions:
         had nothing to do for so long.
     dtype : str
         "auto" (the checkpoint's own), float32, bfloat16 or float16.
+    wire_dtype : str
+        The type in which floats travel between workers: "auto" (as they are), bfloat16, float16 or
+        float8. Narrower costs accuracy.
     bias : str, optional
         A calibration bias file; by default the one beside the model, where there is one.
     worker_host : str, optional
@@ -105,6 +109,7 @@ class ServeOptions:
     grow_after_seconds: float = 10.0
     idle_seconds: float = 300.0
     dtype: str = "auto"
+    wire_dtype: str = "auto"
     bias: str | None = None
     worker_host: str | None = None
     host: str = "127.0.0.1"
@@ -129,6 +134,8 @@ class ServeOptions:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use 0 or more")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; use 0 (any free one) to 65535")
+        if self.wire_dtype not in WIRE_DTYPES:
+            raise ConfigError(f"wire_dtype is {self.wire_dtype!r}; use {', '.join(WIRE_DTYPES)}")
         self._check_devices()
         self._check_placement()
 

@@ -73,6 +73,7 @@ class WorkerActor:
                 host=options.worker_host or address_toward(self._toward),
                 device="cuda:0" if spec.gpus else "cpu",
                 dtype=options.dtype,
+                wire_dtype=options.wire_dtype,
                 threads=0 if spec.gpus else spec.cpus,
                 bias=options.bias,
                 name=name,

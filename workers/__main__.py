@@ -35,6 +35,7 @@ _HELP = {
     "log_format": "text, or json: one object per line",
     "metrics_port": "port of its Prometheus metrics; 0 takes a free one; by default there is none",
     "transport": "auto: tensors of workers of this machine come through shared memory; or grpc",
+    "wire_dtype": "type in which floats travel: auto (as they are), bfloat16, float16 or float8",
     "peer_stall_seconds": "how long another worker may send nothing while it is waited for",
     "otlp_endpoint": "OpenTelemetry collector for spans, like http://127.0.0.1:4317",
 }

@@ -129,14 +129,21 @@ class Gather:
         row_bytes = stack.kv_bytes_per_row
         limits = Limits(
             total_bytes=stack.num_layers * max_rows * (row_bytes + torch.int32.itemsize),
-            tensors=3 * stack.num_layers,
+            # Keys and values, each perhaps with scales, and indices.
+            tensors=5 * stack.num_layers,
         )
 
         async def attempt() -> None:
             layers = LayerRows(stack.device)
-            check = gather_check(stack, max_rows)
+            check = gather_check(stack, max_rows, self._peers.wire)
             pulling = self._peers.pull(
-                address, "GatherKv", self._request, limits, check, on_received=self._count
+                address,
+                "GatherKv",
+                self._request,
+                limits,
+                check,
+                on_received=self._count,
+                dtype=stack.dtype,
             )
             async with aclosing(pulling) as pulled:
                 async for named in pulled:

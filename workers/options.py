@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from homer.errors import ConfigError
 
 TRANSPORTS = ("auto", "grpc")
+WIRE_DTYPES = ("auto", "bfloat16", "float16", "float8")
 STALL_SECONDS = 30.0
 
 
@@ -42,6 +43,10 @@ class WorkerOptions:
     transport : str
         How tensors come from workers of the same machine: "auto" is through shared memory where
         both ends can, "grpc" never.
+    wire_dtype : str
+        In which type the floats travel that this worker gets from others: "auto" as they are;
+        bfloat16, float16 or float8 (with a scale for each row) where they are wider. Answers then
+        depend a little on which worker ran what.
     peer_stall_seconds : float
         How long another worker may send nothing while it is waited for.
     otlp_endpoint : str
@@ -61,6 +66,7 @@ class WorkerOptions:
     log_format: str = "text"
     metrics_port: int | None = None
     transport: str = "auto"
+    wire_dtype: str = "auto"
     peer_stall_seconds: float = STALL_SECONDS
     otlp_endpoint: str = ""
 
@@ -73,5 +79,7 @@ class WorkerOptions:
             raise ConfigError(f"grace_seconds is {self.grace_seconds}; use 0 or more")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"transport is {self.transport!r}; use one of {list(TRANSPORTS)}")
+        if self.wire_dtype not in WIRE_DTYPES:
+            raise ConfigError(f"wire_dtype is {self.wire_dtype!r}; use one of {list(WIRE_DTYPES)}")
         if self.peer_stall_seconds <= 0:
             raise ConfigError(f"peer_stall_seconds is {self.peer_stall_seconds}; use more than 0")

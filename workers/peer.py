@@ -26,6 +26,7 @@ from workers.options import STALL_SECONDS
 from workers.shared_ring import RingInlet, can_share, open_ring
 from workers.tensor_stream import Limits, NamedTensor, Spec, StreamReader, encode_stream
 from workers.transport import CHANNEL_OPTIONS, tensor_call
+from workers.wire_format import Decoder, WireFormat
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ _log = logging.getLogger(__name__)
 # How often a stream is asked for that was damaged or broke off.
 ATTEMPTS = 3
 _RECEIVE_THREADS = 4
+AS_IS = WireFormat()
 
 
 @dataclass
@@ -56,6 +58,8 @@ class PeerPool:
         How long a peer may send nothing while it is waited for.
     share_memory : bool
         Use shared memory with peers on this machine.
+    wire : WireFormat
+        How floats travel.
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class PeerPool:
         on_transfer: Callable[[str, str, int, float], None] | None = None,
         stall_seconds: float = STALL_SECONDS,
         share_memory: bool = True,
+        wire: WireFormat = AS_IS,
     ) -> None:
+        self.wire = wire
         self._peers: dict[str, _Peer] = {}
         self._on_received = on_received
         self._on_transfer = on_transfer
@@ -80,12 +86,14 @@ class PeerPool:
         limits: Limits,
         check: Callable[[Sequence[Spec]], None],
         on_received: Callable[[int], None] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> AsyncGenerator[NamedTensor, None]:
         """Call a tensor stream of the worker at `address`; yields tensors as they are complete.
 
         While what came is copied in another thread, the next message is waited for; while nobody
         asks for the next tensor, nothing is read, and the peer has to wait.
-        `on_received` is told the bytes that each message of this stream brought across.
+        `on_received` is told the bytes that each message of this stream brought across. `check` and
+        `limits` are for the tensors as they travel; floats come out as `dtype`.
 
         Raises
         ------
@@ -104,7 +112,8 @@ class PeerPool:
         asked = type(request)()
         asked.CopyFrom(request)
         inlet.offer(asked.transfer)
-        reader = StreamReader(limits, check)
+        self.wire.ask(asked.transfer)
+        reader, decoder = StreamReader(limits, check), self.wire.decoder(dtype)
         call = tensor_call(peer.channel, method, asked)
         loop = asyncio.get_running_loop()
         feeding: asyncio.Future[list[NamedTensor]] | None = None
@@ -124,9 +133,11 @@ class PeerPool:
                 if on_received is not None:
                     on_received(crossing_bytes)
                 if crossing_bytes > SMALL_BYTES:
-                    feeding = loop.run_in_executor(self._threads, _feed, reader, inlet, opened)
+                    feeding = loop.run_in_executor(
+                        self._threads, _feed, reader, decoder, inlet, opened
+                    )
                 else:
-                    for named in _feed(reader, inlet, opened):
+                    for named in _feed(reader, decoder, inlet, opened):
                         yield named
             reader.finish()
         finally:
@@ -199,7 +210,9 @@ class PeerPool:
         return MessageInlet()
 
 
-def _feed(reader: StreamReader, inlet: Inlet, opened: list[Opened]) -> list[NamedTensor]:
+def _feed(
+    reader: StreamReader, decoder: Decoder, inlet: Inlet, opened: list[Opened]
+) -> list[NamedTensor]:
     """What the one thing in `opened` completes; takes it out."""
     try:
         ready = reader.feed(opened.pop().frame)
@@ -208,7 +221,7 @@ def _feed(reader: StreamReader, inlet: Inlet, opened: list[Opened]) -> list[Name
         clear_frames(error.__traceback__)
         raise
     inlet.taken()
-    return ready
+    return decoder.take(ready)
 
 
 def choose_outlet(options: tensor_pb2.TransferOptions) -> Outlet:

@@ -170,7 +170,7 @@ class Runner:
         if child in held.states or not address:
             return held.state(child)
         plan, stack = held.plan, self.model.stack
-        specs = state_specs(plan, plan.by_id[child], stack)
+        specs = self.peers.wire.specs(state_specs(plan, plan.by_id[child], stack))
         limits = Limits(total_bytes=sum(spec.nbytes for spec in specs), tensors=len(specs))
         request = worker_pb2.FetchStateRequest(
             request_id=held.spec.request_id, node=write_node(child)
@@ -181,7 +181,13 @@ class Runner:
 
         async def fetch() -> list[NamedTensor]:
             pulling = self.peers.pull(
-                address, "FetchState", request, limits, must_equal(specs), on_received=count
+                address,
+                "FetchState",
+                request,
+                limits,
+                must_equal(specs),
+                on_received=count,
+                dtype=stack.dtype,
             )
             async with aclosing(pulling) as pulled:
                 return [named async for named in pulled]

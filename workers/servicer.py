@@ -54,6 +54,7 @@ from workers.store import HeldRequest, Store
 from workers.tensor_stream import Spec
 from workers.tracing import Tracing
 from workers.wire import gather_tensors, read_plan, read_sampling, state_tensors
+from workers.wire_format import WireFormat
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class WorkerServicer:
             self._counters.add_transfer,
             stall_seconds=options.peer_stall_seconds,
             share_memory=options.transport == "auto",
+            wire=WireFormat.named(options.wire_dtype),
         )
         self._runner: Runner | None = None
         self._answers: Answering | None = None
@@ -438,7 +440,14 @@ class WorkerServicer:
         tensors: Iterable[torch.Tensor],
         options: tensor_pb2.TransferOptions,
     ) -> AsyncGenerator[bytes, None]:
-        return send_tensors(specs, tensors, choose_outlet(options), self._engine.io, self._sent)
+        wire = WireFormat.asked_for(options)
+        return send_tensors(
+            wire.specs(specs),
+            wire.encode(specs, tensors),
+            choose_outlet(options),
+            self._engine.io,
+            self._sent,
+        )
 
     def _indices(self, indices: Sequence[int]) -> torch.Tensor:
         return torch.tensor(indices, dtype=torch.int64, device=self._stack.device)

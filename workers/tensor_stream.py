@@ -29,14 +29,14 @@ if sys.byteorder != "little":
 MAX_RANK = 8
 MAX_SIZE = 1 << 40
 
-_DTYPE_OF_WIRE = {
+DTYPE_OF_WIRE = {
     tensor_pb2.DTYPE_FLOAT32: torch.float32,
     tensor_pb2.DTYPE_FLOAT16: torch.float16,
     tensor_pb2.DTYPE_BFLOAT16: torch.bfloat16,
     tensor_pb2.DTYPE_INT32: torch.int32,
     tensor_pb2.DTYPE_FLOAT8_E4M3: torch.float8_e4m3fn,
 }
-_WIRE_OF_DTYPE = {dtype: wire for wire, dtype in _DTYPE_OF_WIRE.items()}
+_WIRE_OF_DTYPE = {dtype: wire for wire, dtype in DTYPE_OF_WIRE.items()}
 
 
 class NamedTensor(NamedTuple):
@@ -300,7 +300,7 @@ def _allocate(spec: Spec) -> torch.Tensor:
 
 
 def _read_spec(spec: tensor_pb2.TensorSpec) -> Spec:
-    dtype = _DTYPE_OF_WIRE.get(spec.dtype)
+    dtype = DTYPE_OF_WIRE.get(spec.dtype)
     if dtype is None:
         raise TensorStreamError(f"tensor {spec.name!r} has the unknown type number {spec.dtype}")
     if len(spec.shape) > MAX_RANK:

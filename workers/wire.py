@@ -21,6 +21,7 @@ from homer.v1 import sampling_pb2, worker_pb2
 from workers import plan_wire
 from workers.errors import TensorStreamError
 from workers.tensor_stream import NamedTensor, Spec
+from workers.wire_format import WireFormat
 
 # A plan is made before the context is seen: this bounds what a small message can make us build.
 MAX_CONTEXT_TOKENS = 1 << 26
@@ -171,8 +172,10 @@ def _pick(
     return torch.cat([tensor.index_select(1, rows) for tensor, rows in picked], dim=1)
 
 
-def gather_check(stack: LayerStack, max_rows: int) -> Callable[[Sequence[Spec]], None]:
-    """A check for `StreamReader`: the tensors announced are those of `gather_tensors`."""
+def gather_check(
+    stack: LayerStack, max_rows: int, wire: WireFormat
+) -> Callable[[Sequence[Spec]], None]:
+    """A check for `StreamReader`: the tensors announced are those of `gather_tensors` in `wire`."""
 
     def check(announced: Sequence[Spec]) -> None:
         expected: list[Spec] = []
@@ -185,7 +188,7 @@ def gather_check(stack: LayerStack, max_rows: int) -> Callable[[Sequence[Spec]],
                 expected.append(Spec(indices.name, torch.int32, (rows,)))
             for name, shape in zip(("keys", "values"), stack.cache_row.shapes(rows), strict=True):
                 expected.append(Spec(f"{name}.{layer}", stack.dtype, shape))
-        must_equal(expected)(announced)
+        must_equal(wire.specs(expected))(announced)
 
     return check
 

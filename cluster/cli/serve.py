@@ -22,6 +22,7 @@ def serve(
         str, typer.Option(help="The coordinator's name on the Ray cluster.")
     ] = DEFAULTS.name,
     dtype: settings.Dtype = DEFAULTS.dtype,
+    wire_dtype: settings.WireDtype = DEFAULTS.wire_dtype,
     bias: settings.Bias = DEFAULTS.bias,
     max_context_tokens: Annotated[
         int, typer.Option(help="Longest document, in tokens.", min=1)
@@ -78,6 +79,7 @@ def serve(
         labels=labels or {},
         worker_host=worker_host,
         dtype=dtype,
+        wire_dtype=wire_dtype,
         bias=bias,
         host=host,
         port=port,

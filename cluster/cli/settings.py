@@ -43,6 +43,14 @@ Address = Annotated[
 ]
 DEFAULT_SERVER = f"{DEFAULTS.host}:{DEFAULTS.port}"
 Server = Annotated[str, typer.Option(help="The running service: host:port.")]
+WireDtype = Annotated[
+    str,
+    typer.Option(
+        help="Type in which floats travel between workers: auto (as they are), bfloat16, float16 "
+        "or float8. Narrower costs accuracy.",
+        rich_help_panel=_CLUSTER,
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

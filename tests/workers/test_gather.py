@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +39,7 @@ class ScriptedPeers(PeerPool):
         self.given = 0
 
     async def pull(
-        self, address: str, *args: Any, on_received: Callable[[int], None] | None = None
+        self, address: str, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[NamedTensor, None]:
         attempt, self.attempts = self.attempts, self.attempts + 1
         # Another order of rows each time: those of different attempts must not be mixed.
