@@ -1,7 +1,7 @@
 """In which type floating-point tensors travel: as they are, or narrower where a user asks for it.
 
-Narrower costs accuracy (`python -m workers.wire_bench` says how much), and only what travels pays it:
-an answer then depends on which worker ran what. Knows nothing about what the tensors mean.
+Narrower costs accuracy (`python -m workers.wire_bench` says how much), and only what travels pays
+it: an answer then depends on which worker ran what. Knows nothing about what the tensors mean.
 """
 
 from __future__ import annotations
