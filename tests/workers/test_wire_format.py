@@ -12,6 +12,7 @@ from tests.workers.processes import Prompt, release, run_across, running_workers
 from tests.workers.test_across import plan_of
 from workers.options import WIRE_DTYPES, WorkerOptions
 from workers.tensor_stream import NamedTensor, Spec
+from workers.wire_bench import measure
 from workers.wire_format import WireFormat
 
 # The largest error of one number, in terms of the largest number of its row.
@@ -96,3 +97,14 @@ def test_workers_that_ask_for_it_get_fewer_bytes(name: str) -> None:
             release(prompt, workers)
     # Half, and positions and indices; a quarter, scales, and those.
     assert received[name] < received["auto"] * {"bfloat16": 0.56, "float8": 0.45}[name]
+
+
+def test_the_bench_says_what_each_format_costs() -> None:
+    auto, bfloat16, float16, float8 = measure(prompts=2, context_tokens=900, max_new_tokens=4)
+    assert [cost.wire_dtype for cost in (auto, bfloat16, float16, float8)] == list(WIRE_DTYPES)
+    assert (auto.worst_logit_difference, auto.token_agreement, auto.kept_agreement) == (0, 1, 1)
+    assert auto.share_of_bytes == 1
+    assert 0 < float16.mean_logit_difference < bfloat16.mean_logit_difference
+    assert bfloat16.mean_logit_difference < float8.mean_logit_difference < 1
+    assert bfloat16.share_of_bytes == float16.share_of_bytes < 0.52
+    assert float8.share_of_bytes < 0.32
