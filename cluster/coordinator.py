@@ -77,7 +77,7 @@ class Coordinator:
         await asyncio.gather(self._starting, return_exceptions=True)
         if self._door is not None:
             await self._door.stop()
-        await self._scheduler.drain()
+        await self._scheduler.close()
         await self._pool.stop()
         await self._seeing.stop()
         self._ended.set()

@@ -14,7 +14,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.errors import WorkerCallError, WorkerLostError
+from cluster.errors import (
+    CapacityError,
+    NoWorkersError,
+    OverloadedError,
+    WorkerCallError,
+    WorkerLostError,
+)
 from cluster.info_wire import server_info, trace_to_wire
 from cluster.job import CacheReady, JobProgress, Sampling
 from cluster.service import (
@@ -39,6 +45,9 @@ _log = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LongContext"].full_name
 STOP_GRACE_SECONDS = 5.0
+RETRY_AFTER, RETRY_PUSHBACK = "retry-after", "grpc-retry-pushback-ms"
+# A worker takes about so long to come back.
+LOST_RETRY_SECONDS = 5.0
 
 
 class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
@@ -63,7 +72,7 @@ class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
         except HomerError as error:
             code = wire_code(error)
             _log.warning("answered with %s: %s", code.name, error)
-            await context.abort(code, str(error))
+            await context.abort(code, str(error), retry_metadata(error))
         except Exception:
             _log.exception("the request failed")
             await context.abort(
@@ -143,11 +152,30 @@ class GrpcDoor:
 
 def wire_code(error: HomerError) -> grpc.StatusCode:
     """The status that an error means to a user."""
-    if isinstance(error, WorkerLostError):
+    if isinstance(error, WorkerLostError | NoWorkersError):
         return grpc.StatusCode.UNAVAILABLE
+    if isinstance(error, OverloadedError):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+    if isinstance(error, CapacityError):
+        # Not RESOURCE_EXHAUSTED, after which clients try again.
+        return grpc.StatusCode.FAILED_PRECONDITION
     if isinstance(error, WorkerCallError):
         return grpc.StatusCode[error.code]
     return status_code(error)
+
+
+def retry_metadata(error: HomerError) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata that says when to ask again: in seconds, and as gRPC's own retries read it.
+
+    Nothing where trying again does not help.
+    """
+    if isinstance(error, OverloadedError | NoWorkersError):
+        seconds = error.retry_after_seconds
+    elif isinstance(error, WorkerLostError):
+        seconds = LOST_RETRY_SECONDS
+    else:
+        return ()
+    return ((RETRY_AFTER, f"{seconds:.1f}"), (RETRY_PUSHBACK, str(round(1000 * seconds))))
 
 
 def request_from_wire(request: pb.GenerateRequest) -> Request:

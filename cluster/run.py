@@ -1,156 +1,337 @@
-"""One job between submission and root: what is done, where it lies, what is next.
+"""One pass of a job from its pieces to its root: what is done, where it lies, what is next.
 
-Pure bookkeeping. Knows nothing about asyncio, and calls no worker.
+A *unit* is a node of the plan as the scheduler sees it: a piece (a subtree that is handed out
+whole) or a merge above the pieces. Its result lies on its *home*, the worker that ran it: the state
+stays there until the job ends, so when a worker is lost exactly the units whose home it was are run
+again, in dependency order. Pure bookkeeping by workers' names. Knows nothing about asyncio, and
+calls no worker.
 """
 
 from __future__ import annotations
 
-import time
-from bisect import insort
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
-from cluster.cut import PieceQueue, boundary_heights, cut_plan
-from cluster.errors import WorkerLostError
-from cluster.job import Job, JobProgress, NodeDone, WorkerClient
-from homer.plan import NodeId
-
-MAX_ATTEMPTS = 2
+from cluster.cut import Pace, PieceQueue, PlanIndex, cut_plan
+from cluster.job import Job
+from homer.plan import NodeId, PlanNode
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A subtree to run."""
+@dataclass(eq=False)
+class Try:
+    """One run of a unit on a worker; it counts as long as it is among the unit's tries."""
 
-    number: int
-    node: NodeId
+    unit: Unit
+    worker: str
     attempt: int
+    started: float
+    work_done: int = 0
+
+    @property
+    def node(self) -> NodeId:
+        return self.unit.node.id
+
+
+@dataclass(eq=False)
+class Unit:
+    """A piece or a merge. `waiting` counts the children that are not done."""
+
+    node: PlanNode
+    order: int
+    piece: bool
+    waiting: int
+    home: str | None = None
+    kept: Sequence[int] | None = None
+    holders: set[str] = field(default_factory=set)
+    attempt: int = 0
+    tries: dict[str, Try] = field(default_factory=dict)
+    # Where it failed, and how often; how many workers were lost while they ran it.
+    avoid: set[str] = field(default_factory=set)
+    faults: int = 0
+    losses: int = 0
 
 
 @dataclass(frozen=True)
-class Merge:
-    """A merge to run, with the workers that hold its children, in context order."""
+class Started:
+    """A try, and where a merge's children are."""
 
-    node: NodeId
-    children: tuple[tuple[NodeId, WorkerClient], ...]
+    attempt: Try
+    children: tuple[tuple[NodeId, str], ...] = ()
 
 
 class JobRun:
-    """Follows `job` through the tree for a pool of `workers`."""
+    """Follows `job` through its tree.
 
-    def __init__(self, job: Job, workers: int, pieces_per_worker: int) -> None:
+    Parameters
+    ----------
+    job : Job
+        As the workers know it: each pass has a request id of its own.
+    workers, pieces_per_worker : int
+        For how many workers the plan is cut, and how finely.
+    answers : callable
+        How many answers a worker is decoding: the root goes where there are fewest.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        workers: int,
+        pieces_per_worker: int,
+        answers: Callable[[str], int] = lambda _: 0,
+    ) -> None:
         self.job = job
-        self.pieces = cut_plan(job.plan, workers, pieces_per_worker)
-        self.submitted = time.perf_counter()
-        self.started: float | None = None
-        self.leaves_ended: float | None = None
-        self.ended: float | None = None
-        self.running = 0
-        self.moved_bytes = 0
-        self.nodes_by_worker: Counter[str] = Counter()
-        self._queue = PieceQueue(boundary_heights(job.plan, self.pieces))
-        self._attempts: Counter[int] = Counter()
-        self._avoid: set[str] = set()
-        self._order = {node.id: number for number, node in enumerate(job.plan.nodes)}
-        self._finished: set[NodeId] = set()
-        self._leaves_done = 0
-        self._leaves_total = len(job.plan.leaves)
-        self._merges_total = len(job.plan.nodes) - self._leaves_total
-        self._ready: list[tuple[int, NodeId]] = []
-        self._home: dict[NodeId, WorkerClient] = {}
-        self._holders: dict[NodeId, dict[str, WorkerClient]] = {}
+        self._plan = job.plan
+        self._answers = answers
+        pieces = cut_plan(job.plan, workers, pieces_per_worker)
+        cut_height = pieces[0].height
+        self.index = PlanIndex(job.plan)
+        self.units = {
+            node.id: Unit(
+                node,
+                order,
+                piece=node.id.height == cut_height,
+                waiting=0 if node.id.height == cut_height else len(node.children),
+            )
+            for order, node in enumerate(job.plan.nodes)
+            if node.id.height >= cut_height
+        }
+        self._queue = PieceQueue(self.index, pieces, self._split)
+        # Pieces that some workers should not get again, beside the queue.
+        self._again: list[Unit] = []
+        # Merges whose children are done, each with the workers under which it is listed.
+        self._ready: dict[NodeId, tuple[str, ...]] = {}
+        self._ready_at: defaultdict[str, set[NodeId]] = defaultdict(set)
+        # Those that have become so since they were last asked for.
+        self._fresh: list[Unit] = []
+        self._at: defaultdict[str, set[NodeId]] = defaultdict(set)
+        self.tries: dict[str, Try] = {}
+        self.missing = len(self.units)
+        # Work of pieces that is not done; merges above them come on top.
+        self.work_left = sum(self.index.spans[piece].work for piece in pieces)
+        # Calls on their way that drop what was made twice: until then rows may be there twice.
+        self.drops = 0
+        # The final cache is there: nothing that is lost is needed, unless that is.
+        self.parked = False
+        # Workers that get nothing more of this pass, and on which nothing counts.
+        self.banned: set[str] = set()
+        self.touched: set[str] = set()
 
     @property
-    def root_worker(self) -> WorkerClient | None:
+    def root_home(self) -> str | None:
         """The worker that holds the root's state, once it is done."""
-        return self._home.get(self.job.plan.root.id)
+        return self.units[self._plan.root.id].home
 
-    def holders(self, node: NodeId) -> list[WorkerClient]:
-        """The workers that hold KV rows made below `node`."""
-        return list(self._holders[node].values())
+    @property
+    def complete(self) -> bool:
+        """Whether everything that an answer needs is there, once."""
+        return not self.missing and not self.drops
 
-    def take_piece(self, worker: WorkerClient) -> Piece | None:
-        """The next subtree for `worker`."""
-        if worker.name in self._avoid:
-            return None
-        number = self._queue.take(worker.name)
-        if number is None:
-            return None
-        if self.started is None:
-            self.started = time.perf_counter()
-        return Piece(number, self.pieces[number], self._attempts[number])
+    @property
+    def has_pieces(self) -> bool:
+        return not self.parked and bool(self._queue or self._again)
 
-    def take_merge(self, worker: WorkerClient, *, most: bool) -> Merge | None:
-        """The first ready merge of a child on `worker`; with `most`, of most of its rows."""
-        for entry in self._ready:
-            node = self.job.plan.by_id[entry[1]]
-            rows: Counter[str] = Counter()
-            for child in node.children:
-                rows[self._home[child].name] += self.job.plan.by_id[child].context_out
-            if worker.name in rows and (not most or rows[worker.name] == max(rows.values())):
-                self._ready.remove(entry)
-                return Merge(node.id, tuple((child, self._home[child]) for child in node.children))
-        return None
+    @property
+    def ready(self) -> list[Unit]:
+        """Merges whose children are all done."""
+        return [] if self.parked else [self.units[node] for node in self._ready]
 
-    def node_done(self, done: NodeDone, worker: WorkerClient) -> JobProgress | None:
-        """Count a finished node; None where it was counted before, by an earlier attempt."""
-        if done.node in self._finished:
-            return None
-        self._finished.add(done.node)
-        self.nodes_by_worker[worker.name] += 1
-        if done.node.height == 0:
-            self._leaves_done += 1
-            if self._leaves_done == self._leaves_total:
-                self.leaves_ended = time.perf_counter()
-        return JobProgress(
-            done=done,
-            worker=worker.name,
-            leaves_done=self._leaves_done,
-            leaves_total=self._leaves_total,
-            merges_done=len(self._finished) - self._leaves_done,
-            merges_total=self._merges_total,
-        )
+    def homes(self) -> set[str]:
+        """The workers that hold KV rows of the pass."""
+        return {unit.home for unit in self.units.values() if unit.home is not None}
 
-    def piece_done(self, piece: Piece, worker: WorkerClient) -> None:
-        """A subtree's state is on `worker`."""
-        self._placed(piece.node, worker, {worker.name: worker})
+    def take_fresh(self) -> list[Unit]:
+        """Merges that have become ready since the last time."""
+        if self.parked:
+            return []
+        fresh, self._fresh = self._fresh, []
+        return [unit for unit in fresh if unit.node.id in self._ready]
 
-    def merge_done(self, merge: Merge, worker: WorkerClient) -> None:
-        """A merged state is on `worker`; the children's are used up."""
-        holders = {worker.name: worker}
-        for child, _ in merge.children:
-            holders |= self._holders.pop(child)
-            del self._home[child]
-        self._placed(merge.node, worker, holders)
+    def ready_at(self, worker: str) -> list[Unit]:
+        """Ready merges of which `worker` has a child, the first in the tree first."""
+        if self.parked or not (at := self._ready_at.get(worker)):
+            return []
+        return sorted((self.units[node] for node in at), key=lambda unit: unit.order)
 
-    def piece_failed(self, piece: Piece, worker: WorkerClient, error: Exception) -> None:
-        """Give a subtree to another worker, or raise `error`.
+    def best_homes(self, unit: Unit) -> list[str]:
+        """Where a ready merge's children are: first where most of its rows are already.
 
-        Raises
-        ------
-        WorkerLostError
-            When the worker held other parts of the job, which are lost with it.
+        The root goes first where fewest answers are decoded, so that answers spread over the pool.
         """
-        if isinstance(error, WorkerLostError) and any(
-            worker.name in holders for holders in self._holders.values()
-        ):
-            raise error
-        self._avoid.add(worker.name)
-        self._queue.forget(worker.name)
-        self._attempts[piece.number] += 1
-        if self._attempts[piece.number] >= MAX_ATTEMPTS:
-            raise error
-        self._queue.put_back(piece.number)
+        rows: Counter[str] = Counter()
+        for child in unit.node.children:
+            if home := self.units[child].home:
+                rows[home] += self._plan.by_id[child].context_out
+        is_root = unit.node.id == self._plan.root.id
 
-    def can_go_on(self, workers: list[WorkerClient]) -> bool:
-        """Whether some worker may still take pieces, if there are any left."""
-        return not self._queue or any(worker.name not in self._avoid for worker in workers)
+        def rank(home: str) -> tuple[int, int]:
+            return (self._answers(home) if is_root else 0, -rows[home])
 
-    def _placed(self, node: NodeId, worker: WorkerClient, holders: dict[str, WorkerClient]) -> None:
-        self._home[node] = worker
-        self._holders[node] = holders
-        parent = self.job.plan.parents.get(node)
-        if parent is None:
-            self.ended = time.perf_counter()
-        elif all(child in self._home for child in self.job.plan.by_id[parent].children):
-            insort(self._ready, (self._order[parent], parent))
+        return sorted(rows, key=rank)
+
+    def start_piece(
+        self, worker: str, pace: Pace, now: float, allowed: Callable[[Unit], bool]
+    ) -> Started | None:
+        """Give `worker` the next piece, if there is one for it."""
+        if self.parked or worker in self.tries:
+            return None
+        unit = next((unit for unit in self._again if allowed(unit)), None)
+        if unit is not None:
+            self._again.remove(unit)
+        else:
+            node = self._queue.take(worker, pace)
+            if node is None:
+                return None
+            unit = self.units[node]
+        return self.start(unit, worker, now)
+
+    def start(self, unit: Unit, worker: str, now: float) -> Started:
+        """Run a free or ready unit on `worker`, or a running one a second time."""
+        self._ready_remove(unit)
+        unit.attempt += 1
+        attempt = Try(unit, worker, unit.attempt, now)
+        unit.tries[worker] = self.tries[worker] = attempt
+        self.touched.add(worker)
+        children = () if unit.piece else unit.node.children
+        homes = ((child, self.units[child].home or "") for child in children)
+        return Started(attempt, tuple(homes))
+
+    def is_current(self, attempt: Try) -> bool:
+        """Whether the outcome of a try still counts."""
+        return attempt.unit.tries.get(attempt.worker) is attempt
+
+    def progressed(self, attempt: Try, node: NodeId) -> None:
+        """A try has finished one node of its piece."""
+        if attempt.unit.piece:
+            work = self.index.node_work[node]
+            attempt.work_done += work
+            self.work_left -= work
+
+    def done(self, attempt: Try, kept: Sequence[int] | None = None) -> list[Try] | None:
+        """A unit's result is on the worker of `attempt`; None where that does not count any more.
+
+        Returns the tries that came too late: what they may leave is to be dropped.
+        """
+        if not self.is_current(attempt):
+            return None
+        unit = attempt.unit
+        losers = [other for other in unit.tries.values() if other is not attempt]
+        for other in (attempt, *losers):
+            del self.tries[other.worker]
+        self._count_again(losers)
+        if unit.piece:
+            self.work_left -= self.index.spans[unit.node.id].work - attempt.work_done
+        unit.tries.clear()
+        unit.home, unit.kept = attempt.worker, kept
+        unit.holders = {attempt.worker}.union(
+            *(() if unit.piece else (self.units[child].holders for child in unit.node.children))
+        )
+        self._at[attempt.worker].add(unit.node.id)
+        self.missing -= 1
+        if parent := self._parent(unit):
+            parent.waiting -= 1
+            self._update_ready(parent)
+        for above in self._above(unit):
+            if above.home is not None:
+                above.holders.add(attempt.worker)
+        return losers
+
+    def failed(self, attempt: Try) -> None:
+        """A try came to nothing: its unit is free again, unless it runs elsewhere too."""
+        if not self.is_current(attempt):
+            return
+        unit = attempt.unit
+        del unit.tries[attempt.worker], self.tries[attempt.worker]
+        self._count_again([attempt])
+        if not unit.tries:
+            self._free(unit)
+
+    def lose(self, worker: str) -> list[NodeId]:
+        """Everything that `worker` held or ran has to be done again; returns which nodes."""
+        lost = sorted(self._at.pop(worker, set()), key=lambda node: self.units[node].order)
+        for node in lost:
+            self.undo(self.units[node])
+        if attempt := self.tries.get(worker):
+            attempt.unit.losses += 1
+            lost.append(attempt.node)
+            self.failed(attempt)
+        self.retire(worker)
+        return lost
+
+    def retire(self, worker: str) -> None:
+        """`worker` takes nothing more; what it holds stays."""
+        self._queue.forget(worker)
+
+    def undo(self, unit: Unit) -> None:
+        """A done unit's result is gone, or not to be trusted."""
+        self._at[unit.home or ""].discard(unit.node.id)
+        unit.home = None
+        self.missing += 1
+        if unit.piece:
+            self.work_left += self.index.spans[unit.node.id].work
+        if parent := self._parent(unit):
+            parent.waiting += 1
+            self._update_ready(parent)
+        self._free(unit)
+
+    def holders_below(self, node: NodeId) -> set[str]:
+        """Workers that hold, or held, KV rows made below a done merge."""
+        return self.units[node].holders
+
+    def survivors(self, node: NodeId) -> tuple[NodeId, Sequence[int]] | None:
+        """The highest done merge above `node`, and the context indices that survived it."""
+        found = None
+        for above in self._above(self.units[node]):
+            if above.home is not None and above.kept is not None:
+                found = (above.node.id, above.kept)
+        return found
+
+    def work_of(self, unit: Unit) -> int:
+        """Context tokens times layers: of a piece its whole subtree's."""
+        node = unit.node.id
+        return self.index.spans[node].work if unit.piece else self.index.node_work[node]
+
+    def _split(self, piece: NodeId) -> None:
+        """A free piece is cut: from now on its children are pieces, and it merges them."""
+        unit = self.units[piece]
+        unit.piece, unit.waiting = False, len(unit.node.children)
+        self.missing += len(unit.node.children)
+        self.work_left -= self.index.node_work[piece]
+        for child in unit.node.children:
+            # Orders only break ties among merges; a child goes before its parent.
+            self.units[child] = Unit(self._plan.by_id[child], unit.order - 1, piece=True, waiting=0)
+
+    def _free(self, unit: Unit) -> None:
+        if not unit.piece:
+            self._update_ready(unit)
+        elif unit.avoid:
+            self._again.append(unit)
+        else:
+            self._queue.put_back(unit.node.id)
+
+    def _update_ready(self, unit: Unit) -> None:
+        self._ready_remove(unit)
+        if unit.home is None and not unit.tries and not unit.waiting:
+            homes = {self.units[child].home or "" for child in unit.node.children}
+            self._ready[unit.node.id] = tuple(homes)
+            self._fresh.append(unit)
+            for home in homes:
+                self._ready_at[home].add(unit.node.id)
+
+    def _ready_remove(self, unit: Unit) -> None:
+        for home in self._ready.pop(unit.node.id, ()):
+            self._ready_at[home].discard(unit.node.id)
+
+    def _count_again(self, tries: Iterable[Try]) -> None:
+        """What tries had done of their pieces is to be done again, or was done elsewhere."""
+        for attempt in tries:
+            self.work_left += attempt.work_done
+
+    def _parent(self, unit: Unit) -> Unit | None:
+        node = self._plan.parents.get(unit.node.id)
+        return None if node is None else self.units[node]
+
+    def _above(self, unit: Unit) -> Iterable[Unit]:
+        while parent := self._parent(unit):
+            yield parent
+            unit = parent

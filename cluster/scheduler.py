@@ -1,55 +1,44 @@
-"""Runs jobs on a pool of workers: subtrees to idle ones, merges where children live, the answer.
+"""Runs jobs on a pool of workers: pieces to those with room, merges where children live, answers.
 
-Plain asyncio over `WorkerClient`. One piece of work per worker at a time; merges go before new
-subtrees, so that memory is freed early; older jobs merge first, and new subtrees come from the job
-with the least work in hand. Whatever way a job ends, it is released on every worker. Knows nothing
-about Ray, gRPC or tensors.
+Plain asyncio over `WorkerClient`. This module takes requests from submission to release and keeps
+the membership; who gets which work is in `dispatch` and `assign`, what a call does and what its
+failure means in `node_calls` and `answers`.
+Whatever way a job ends, it is released on every worker that had a part of it. Knows nothing about
+Ray, gRPC or tensors.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
 
+from cluster.active import Active
+from cluster.admission import Admission
+from cluster.answers import Answers
+from cluster.core import Core
 from cluster.cut import cut_plan
-from cluster.errors import WorkerCallError, WorkerLostError
-from cluster.job import (
-    CacheReady,
-    GenerateDone,
-    Job,
-    JobEvent,
-    JobSummary,
-    SchedulerLoad,
-    StageSeconds,
-    TokenOut,
-    WorkerClient,
-)
+from cluster.dispatch import Dispatcher
+from cluster.errors import CapacityError, NoWorkersError, OverloadedError, WorkerLostError
+from cluster.heartbeat import Heartbeat
+from cluster.job import Job, JobEvent, JobSummary, Outcome, SchedulerLoad, WorkerClient
+from cluster.members import Member
+from cluster.node_calls import NodeCalls
 from cluster.observer import Observer
-from cluster.run import JobRun, Merge, Piece
+from cluster.run import JobRun
 from cluster.scheduler_options import SchedulerOptions
-from homer.errors import PromptError
-from homer.plan import MergePlan, NodeId
-from workers.logs import log_about
+from homer.errors import HomerError, PromptError
+from homer.plan import MergePlan
 
 _log = logging.getLogger(__name__)
 
-
-class _Active:
-    """A job on its way to the root: its bookkeeping, its events, its running calls."""
-
-    def __init__(self, run: JobRun) -> None:
-        self.run = run
-        self.events: asyncio.Queue[JobEvent | BaseException | None] = asyncio.Queue()
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.ending = False
-        self.told = False
+TICK_SECONDS = 1.0
+# How long nothing may get on for want of memory before a request has to give way.
+STUCK_SECONDS = 10.0
 
 
 class Scheduler:
-    """Runs any number of jobs over `workers`.
+    """Runs any number of jobs over `workers`. Make it, and use it, in one event loop.
 
     Parameters
     ----------
@@ -75,82 +64,110 @@ class Scheduler:
         self.options = options or SchedulerOptions()
         self.observer = observer or Observer()
         self.on_worker_lost: Callable[[str, str], None] | None = None
-        self._workers: dict[str, WorkerClient] = {}
-        self._draining: dict[str, WorkerClient] = {}
-        self._busy: set[str] = set()
-        self._active: dict[str, _Active] = {}
-        self._background: set[asyncio.Task[Any]] = set()
+        self._core = core = Core(self.options, self.observer)
+        self._members, self._actives = core.members, core.actives
+        self._heartbeat = Heartbeat(self.options, self.lose_worker)
+        self._admission = Admission(self.options, core.members)
+        self._nodes = NodeCalls(core, self._admission)
+        self._answers = Answers(core, self._nodes)
+        self._dispatcher = Dispatcher(core, self._nodes, self._answers)
+        core.changed, core.has_room = self._dispatcher.changed, self._dispatcher.fill
+        core.suspect, core.lose_worker = self._heartbeat.suspect, self.lose_worker
+        core.restart = self._restart
+        self._no_worker_since: float | None = None
+        self._ticker: asyncio.Task[None] | None = None
         for worker in workers:
             self.add_worker(worker)
 
     @property
     def workers(self) -> list[WorkerClient]:
         """The workers that may get work."""
-        return list(self._workers.values())
-
-    def add_worker(self, client: WorkerClient) -> None:
-        """Let a worker take work from now on. It must hold nothing: reset one that did."""
-        if client.name in self._workers or client.name in self._draining:
-            raise ValueError(f"a worker named {client.name} is there already")
-        self._workers[client.name] = client
-        self.observer.worker_joined(client.name)
-        self._pump()
-
-    def lose_worker(self, name: str, reason: str) -> None:
-        """Give a worker up: nothing that comes from it counts any more."""
-        gone = self._workers.pop(name, None) or self._draining.pop(name, None)
-        if gone is None:
-            return
-        _log.warning("%s is lost: %s", name, reason)
-        self.observer.worker_lost(name, reason)
-        if self.on_worker_lost is not None:
-            self.on_worker_lost(name, reason)
-        self._pump()
-
-    async def drain_worker(self, name: str, timeout_seconds: float) -> bool:
-        """Give a worker nothing new, and remove it when it holds nothing any more.
-
-        Returns whether that came about in time. Where not, it stays, without new work.
-        """
-        worker = self._workers.pop(name, None)
-        if worker is not None:
-            self._draining[name] = worker
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_seconds
-        before = list(self._active.values())
-        while any(self._active.get(active.run.job.request_id) is active for active in before):
-            if loop.time() >= deadline:
-                return False
-            await asyncio.sleep(0.05)
-        self._draining.pop(name, None)
-        return True
-
-    @property
-    def load(self) -> SchedulerLoad:
-        """What there is to do now."""
-        queued = [a.run.job for a in self._active.values() if a.run.started is None]
-        return SchedulerLoad(
-            running_jobs=len(self._active) - len(queued),
-            queued_jobs=len(queued),
-            queued_tokens=sum(job.plan.prompt_len for job in queued),
-            busy_workers=tuple(name for name in self._workers if name in self._busy),
-            idle_workers=tuple(name for name in self._workers if name not in self._busy),
-            draining_workers=tuple(self._draining),
-        )
+        return [member.client for member in self._members]
 
     @property
     def running_jobs(self) -> int:
         """Jobs of which something has started."""
-        return sum(active.run.started is not None for active in self._active.values())
+        return sum(active.times.started is not None for active in self._actives.values())
 
     @property
     def queued_jobs(self) -> int:
         """Jobs of which nothing has started."""
-        return len(self._active) - self.running_jobs
+        return len(self._actives) - self.running_jobs
+
+    @property
+    def load(self) -> SchedulerLoad:
+        """What there is to do now."""
+        queued = [a.job for a in self._actives.values() if a.times.started is None]
+        return SchedulerLoad(
+            running_jobs=len(self._actives) - len(queued),
+            queued_jobs=len(queued),
+            queued_tokens=sum(job.plan.prompt_len for job in queued),
+            busy_workers=tuple(m.name for m in self._members if m.load),
+            idle_workers=tuple(m.name for m in self._members if not m.load),
+            draining_workers=tuple(m.name for m in self._members.everybody if m.draining),
+        )
 
     def subtrees(self, plan: MergePlan) -> int:
-        """The number of subtrees into which a plan is cut."""
-        return len(cut_plan(plan, len(self._workers), self.options.pieces_per_worker))
+        """The number of pieces into which a plan is cut at first."""
+        return len(cut_plan(plan, max(1, len(self._members)), self.options.pieces_per_worker))
+
+    def add_worker(self, client: WorkerClient) -> None:
+        """Let a worker take work from now on. It must hold nothing: reset one that did.
+
+        Raises
+        ------
+        ValueError
+            When a worker of this name is there.
+        """
+        if self._members.get(client.name) is not None:
+            raise ValueError(f"a worker named {client.name} is there already")
+        member = Member(client)
+        self._members.add(member)
+        self._heartbeat.watch(member, self._admit)
+        self.observer.worker_joined(client.name)
+        self._admit()
+        self._dispatcher.fill(member)
+
+    def lose_worker(self, name: str, reason: str) -> None:
+        """Give a worker up: nothing that comes from it counts, what it held is run again."""
+        member = self._members.get(name)
+        if member is None:
+            return
+        _log.warning("%s is lost: %s", name, reason)
+        member.lost = True
+        self._members.remove(member)
+        self._heartbeat.forget(member)
+        self.observer.worker_lost(name, reason)
+        touched = [a for a in self._actives.values() if name in a.run.touched]
+        for active in touched:
+            self._lose_parts(active, name, reason)
+        member.empty.set()
+        if self.on_worker_lost is not None:
+            self.on_worker_lost(name, reason)
+        for active in touched:
+            self._dispatcher.changed(active)
+
+    async def drain_worker(self, name: str, timeout_seconds: float) -> bool:
+        """Give a worker nothing new, and remove it when it holds nothing any more.
+
+        Returns whether that came about in time. Where not, it stays, without new work: lose it, or
+        drain it again.
+        """
+        member = self._members.get(name)
+        if member is None:
+            return True
+        self._members.drain(member)
+        for active in self._actives.values():
+            active.run.retire(name)
+        self._dispatcher.offer_adrift()
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await member.empty.wait()
+        except TimeoutError:
+            return False
+        self._members.remove(member)
+        self._heartbeat.forget(member)
+        return True
 
     async def run(self, job: Job) -> AsyncIterator[JobEvent]:
         """Run `job`: progress events, the cache, tokens, then one `JobSummary`.
@@ -160,219 +177,194 @@ class Scheduler:
 
         Raises
         ------
-        WorkerLostError
-            When a worker died with parts of the job that are needed.
-        WorkerCallError
-            When a worker failed.
+        OverloadedError
+            At once, when too much waits already.
+        CapacityError
+            When all workers together have not the memory for it.
+        NoWorkersError
+            When no worker is left, and none has joined in time.
+        WorkerLostError, WorkerCallError
+            When workers were lost, or failed, over the same part of the job too often.
         PromptError
-            When a job with this request id is running.
+            When the request is wrong, or one with this request id is running.
         """
-        if job.request_id in self._active:
+        if job.request_id in self._actives:
             raise PromptError(
                 f"request id {job.request_id!r} is in use by a running request; choose another or "
                 "leave it out"
             )
-        active = _Active(JobRun(job, len(self._workers), self.options.pieces_per_worker))
-        self._active[job.request_id] = active
+        active = Active(job, self._core.make_run, self._core.now())
+        self._actives[job.request_id] = active
         self.observer.job_queued(job)
-        outcome: Any = "cancelled"
+        outcome: Outcome = "cancelled"
         summary: JobSummary | None = None
         try:
-            self._pump()
-            while True:
+            self._enter(active)
+            while summary is None:
                 event = await active.events.get()
-                if event is None:
-                    break
                 if isinstance(event, BaseException):
                     raise event
+                summary = event if isinstance(event, JobSummary) else None
+                outcome = "finished" if summary else outcome
                 yield event
-            async for event in self._answer(active.run):
-                if isinstance(event, JobSummary):
-                    outcome, summary = "finished", event
-                yield event
+        except OverloadedError:
+            outcome = "refused"
+            raise
         except Exception:
             outcome = "failed"
             raise
         finally:
             self.observer.job_ended(job, outcome, summary)
-            ending = asyncio.create_task(self._end(active))
-            self._keep(ending)
+            ending = self._core.keep(self._end(active))
             await asyncio.shield(ending)
 
     async def drain(self) -> None:
         """Wait for what goes on behind ended jobs."""
-        while self._background:
-            await asyncio.gather(*self._background, return_exceptions=True)
+        while self._core.background:
+            await asyncio.gather(*self._core.background, return_exceptions=True)
 
-    async def _answer(self, run: JobRun) -> AsyncIterator[JobEvent]:
-        job, worker = run.job, run.root_worker
-        if worker is None or run.started is None or run.leaves_ended is None or run.ended is None:
-            raise RuntimeError(f"{job.request_id}: no answer before the root is done")
-        shards = [w.address for w in run.holders(job.plan.root.id) if w.name != worker.name]
-        cache: CacheReady | None = None
-        cache_at = first_at = 0.0
-        async for event in worker.generate(job, 0, shards):
-            match event:
-                case CacheReady():
-                    cache, cache_at = event, time.perf_counter()
-                    run.moved_bytes += event.received_bytes
-                    self.observer.cache_ready(job, worker.name, event)
-                    yield event
-                case TokenOut():
-                    first_at = first_at or time.perf_counter()
-                    self.observer.token(job)
-                    yield event
-                case GenerateDone():
-                    ended = time.perf_counter()
-                    if cache is None:
-                        break
-                    # Where the answer is empty its end is the first that is heard of it.
-                    first_at = first_at or ended
-                    yield JobSummary(
-                        generated_tokens=event.generated_tokens,
-                        finish_reason=event.finish_reason,
-                        kept_tokens=cache.cache_tokens,
-                        context_indices=cache.context_indices,
-                        seconds=StageSeconds(
-                            queue=run.started - run.submitted,
-                            leaves=run.leaves_ended - run.started,
-                            merges=run.ended - run.leaves_ended,
-                            gather=cache_at - run.ended,
-                            time_to_first_token=first_at - run.submitted,
-                            decode=ended - first_at,
-                            total=ended - run.submitted,
-                        ),
-                        moved_bytes=run.moved_bytes,
-                        nodes_by_worker=dict(run.nodes_by_worker),
+    async def close(self) -> None:
+        """Wait for what goes on behind ended jobs, and stop watching the workers."""
+        await self.drain()
+        if self._ticker is not None:
+            self._ticker.cancel()
+        await self._heartbeat.close()
+
+    def _enter(self, active: Active) -> None:
+        now = self._core.now()
+        self._admission.enter(active)
+        self._admit()
+        self._admission.check_bounds(active, self._actives.values(), now)
+        if self._ticker is None or self._ticker.done():
+            self._core.last_progress = now
+            self._ticker = asyncio.create_task(self._tick())
+
+    def _admit(self) -> None:
+        for active in self._admission.admit(self._core.now()):
+            if not active.run.touched:
+                active.recut()
+            self._dispatcher.changed(active)
+
+    def _lose_parts(self, active: Active, name: str, reason: str) -> None:
+        run = active.run
+        for node in run.lose(name):
+            self.observer.retried(active.job, node, "lost")
+            if run.units[node].losses >= self.options.max_losses:
+                active.fail(
+                    WorkerLostError(
+                        f"{self.options.max_losses} workers were lost while they ran node "
+                        f"{tuple(node)}; the last: {name}: {reason}"
                     )
-                    return
-        raise WorkerCallError(f"{worker.name} ended an answer before it was complete")
+                )
+        self._answers.worker_lost(active, name)
+        for task, worker in list(active.tasks.items()):
+            if worker == name:
+                task.cancel()
 
-    async def _end(self, active: _Active) -> None:
+    def _restart(self, active: Active) -> None:
+        """Run a request again from the start, under a new id."""
+        if active.open:
+            active.admitted = False
+            self._core.keep(self._begin_again(active))
+
+    async def _begin_again(self, active: Active) -> None:
+        _log.warning("%s: everything is run again", active.run.job.request_id)
+        await self._stop_calls(active)
+        await self._release(active)
+        if not active.ending:
+            active.begin_pass()
+            self._admission.hold_back(active)
+            self._admit()
+
+    async def _end(self, active: Active) -> None:
         """Stop a job's calls and drop what is held for it everywhere."""
-        job = active.run.job
         active.ending = True
-        for task in active.tasks:
-            task.cancel()
-        await asyncio.gather(*active.tasks, return_exceptions=True)
-        workers = [*self._workers.values(), *self._draining.values()]
-        results = await asyncio.gather(
+        await self._stop_calls(active)
+        await self._release(active)
+        self._admission.leave(active)
+        del self._actives[active.request_id]
+        self._admit()
+
+    async def _stop_calls(self, active: Active) -> None:
+        current = asyncio.current_task()
+        while tasks := [task for task in active.tasks if task is not current]:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _release(self, active: Active) -> None:
+        run = active.run
+        await asyncio.gather(
             *(
-                asyncio.wait_for(
-                    worker.release(job.request_id), self.options.release_timeout_seconds
-                )
-                for worker in workers
-            ),
-            return_exceptions=True,
+                self._release_on(member, run)
+                for n in run.touched
+                if (member := self._members.get(n))
+            )
         )
-        for worker, result in zip(workers, results, strict=True):
-            if isinstance(result, BaseException):
-                _log.warning("%s: not released on %s: %r", job.request_id, worker.name, result)
-        del self._active[job.request_id]
-        self._pump()
+        for name in run.touched:
+            if (gone := self._members.get(name)) is not None:
+                gone.released(active.request_id)
 
-    def _pump(self) -> None:
-        """Give every idle worker something to do, if there is anything."""
-        for worker in self.workers:
-            if worker.name not in self._busy:
-                self._assign(worker)
-
-    def _assign(self, worker: WorkerClient) -> None:
-        by_age = [active for active in self._active.values() if not active.ending]
-        by_load = sorted(by_age, key=lambda active: active.run.running)
-        for active in by_age:
-            if merge := active.run.take_merge(worker, most=True):
-                return self._start(active, worker, self._run_merge(active, worker, merge))
-        for active in by_load:
-            if piece := active.run.take_piece(worker):
-                return self._start(active, worker, self._run_piece(active, worker, piece))
-        for active in by_age:
-            if merge := active.run.take_merge(worker, most=False):
-                return self._start(active, worker, self._run_merge(active, worker, merge))
-        return None
-
-    def _start(
-        self, active: _Active, worker: WorkerClient, work: Coroutine[Any, Any, None]
-    ) -> None:
-        self._busy.add(worker.name)
-        active.run.running += 1
-        if not active.told:
-            active.told = True
-            self.observer.job_started(active.run.job)
-
-        async def call() -> None:
-            log_about(request_id=active.run.job.request_id, worker=worker.name)
-            try:
-                await work
-            except Exception as error:
-                active.events.put_nowait(error)
-
-        def ended(task: asyncio.Task[None]) -> None:
-            active.tasks.discard(task)
-            active.run.running -= 1
-            self._busy.discard(worker.name)
-            self._pump()
-
-        task = asyncio.create_task(call())
-        active.tasks.add(task)
-        # Also called for a task that is cancelled before its first step.
-        task.add_done_callback(ended)
-        task.add_done_callback(lambda _: work.close())
-
-    async def _run_piece(self, active: _Active, worker: WorkerClient, piece: Piece) -> None:
-        run = active.run
+    async def _release_on(self, member: Member, run: JobRun) -> None:
+        request_id = run.job.request_id
         try:
-            async for done in worker.run_subtree(run.job, piece.node, piece.attempt):
-                if progress := run.node_done(done, worker):
-                    self.observer.node_done(run.job, worker.name, done, done.node.height)
-                    active.events.put_nowait(progress)
-        except (WorkerLostError, WorkerCallError) as error:
-            _log.warning("%s: %s on %s failed: %s", run.job.request_id, piece, worker.name, error)
-            run.piece_failed(piece, worker, error)
-            if not run.can_go_on(self.workers):
-                raise
+            async with asyncio.timeout(self.options.release_timeout_seconds):
+                await member.client.release(request_id)
+        except (HomerError, TimeoutError) as error:
+            _log.warning("%s: not released on %s: %r", request_id, member.name, error)
+
+    async def _tick(self) -> None:
+        """While there are jobs: what comes about by waiting alone."""
+        while self._actives:
+            await asyncio.sleep(TICK_SECONDS)
+            self._admit()
+            self._dispatcher.offer_adrift()
+            self._dispatcher.use_idle()
+            self._check_workers()
+            self._check_memory()
+
+    def _check_workers(self) -> None:
+        """Give requests up for which no worker is left."""
+        now, limit = self._core.now(), self.options.no_worker_timeout_seconds
+        if len(self._members):
+            self._no_worker_since = None
             return
-        run.piece_done(piece, worker)
-        self._check_root(active)
-
-    async def _run_merge(self, active: _Active, worker: WorkerClient, merge: Merge) -> None:
-        run = active.run
-        children = [
-            (child, "" if home.name == worker.name else home.address)
-            for child, home in merge.children
-        ]
-        done = await worker.merge(run.job, merge.node, 0, children)
-        run.moved_bytes += done.received_bytes
-        run.merge_done(merge, worker)
-        if progress := run.node_done(done, worker):
-            self.observer.node_done(run.job, worker.name, done, done.node.height)
-            active.events.put_nowait(progress)
-        for holder in run.holders(merge.node):
-            if holder.name != worker.name:
-                self._prune(active, holder, merge.node, done.context_indices)
-        self._check_root(active)
-
-    def _prune(
-        self, active: _Active, holder: WorkerClient, node: NodeId, context_indices: Sequence[int]
-    ) -> None:
-        """Let `holder` drop used states and lost rows; only its memory depends on it."""
-
-        async def call() -> None:
-            try:
-                await holder.prune(active.run.job, node, 0, context_indices)
-            except Exception as error:
-                _log.warning(
-                    "%s: not pruned on %s: %s", active.run.job.request_id, holder.name, error
+        self._no_worker_since = self._no_worker_since or now
+        for active in self._actives.values():
+            since = max(self._no_worker_since, active.times.submitted)
+            if now - since >= limit and active.answer is None and not active.ending:
+                active.fail(
+                    NoWorkersError(f"no worker is left, and none came in {limit:g} seconds", limit)
                 )
 
-        task = asyncio.create_task(call())
-        active.tasks.add(task)
-        task.add_done_callback(active.tasks.discard)
+    def _check_memory(self) -> None:
+        """Let a request give way when none gets on because each has taken the others' memory."""
+        now = self._core.now()
+        actives = [active for active in self._actives.values() if active.open]
+        tries = [attempt for active in actives for attempt in active.run.tries.values()]
+        if (
+            not any(_refused_of_late(active, now) for active in actives)
+            or now - self._core.last_progress < STUCK_SECONDS
+            or any(active.answer for active in actives)
+            or any(now - attempt.started > STUCK_SECONDS for attempt in tries)
+        ):
+            return
+        self._core.last_progress = now
+        started = [active for active in actives if active.run.touched]
+        if len(started) > 1:
+            youngest = max(started, key=lambda a: (-a.job.priority, a.times.submitted))
+            youngest.yields_to = {a.request_id for a in started if a is not youngest}
+            self._restart(youngest)
+        elif started:
+            started[0].fail(
+                CapacityError(
+                    "no worker has the memory for the next part of this request, and no other "
+                    "request holds any: use smaller chunks (max_chunk_len), or raise "
+                    "--memory-budget"
+                )
+            )
 
-    def _check_root(self, active: _Active) -> None:
-        if active.run.root_worker is not None:
-            active.events.put_nowait(None)
 
-    def _keep(self, task: asyncio.Task[Any]) -> None:
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+def _refused_of_late(active: Active, now: float) -> bool:
+    latest = max(active.refused_until.values(), default=0.0)
+    return active.refusals > 0 and latest > now - STUCK_SECONDS

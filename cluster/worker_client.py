@@ -60,6 +60,8 @@ class GrpcWorkerClient:
             dtype=info.dtype,
             calibrated=info.calibrated,
             max_distance=info.max_distance,
+            kv_bytes_per_token=info.kv_bytes_per_token,
+            memory_budget_bytes=info.memory_budget_bytes,
             metrics_port=info.metrics_port,
         )
 
@@ -222,6 +224,8 @@ class GrpcWorkerClient:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except grpc.aio.UsageError as error:
+            raise WorkerLostError(f"the client of worker {self.name} was closed") from error
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
             told = dict(error.trailing_metadata() or ())

@@ -145,7 +145,7 @@ class _Simulation:
         seconds = asyncio.get_running_loop().time()
         dying.cancel()
         await asyncio.gather(dying, return_exceptions=True)
-        await scheduler.drain()
+        await scheduler.close()
         return SimResult(
             scenario=scenario,
             first_token_seconds=tuple(self._first_tokens),

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.cut import PieceQueue, cut_plan
+from cluster.cut import PieceQueue, PlanIndex, cut_plan
 from homer import HomerConfig, MergePlan
+from homer.plan import NodeId
 
 
 @given(
@@ -41,38 +42,124 @@ def test_a_cut_is_as_coarse_as_its_number_of_pieces_allows(
         assert cut == tuple(leaf.id for leaf in plan.leaves)
 
 
-@given(count=st.integers(0, 70), order=st.lists(st.integers(0, 4), min_size=75, max_size=75))
-def test_every_piece_is_handed_out_once(count: int, order: list[int]) -> None:
-    queue = PieceQueue([0] * count)
-    taken = [queue.take(worker) for worker in order]
-    assert sorted(piece for piece in taken if piece is not None) == list(range(count))
-    assert not queue
+class Speeds:
+    """The pace of workers that are all at work."""
+
+    def __init__(self, **speeds: float) -> None:
+        self.speeds = speeds
+        self.limit = float("inf")
+        self.busy = 0.0
+
+    def speed(self, worker: str) -> float:
+        return self.speeds.get(worker, 1.0)
+
+    def busy_seconds(self, worker: str) -> float:
+        return self.busy
+
+    def largest(self, worker: str) -> float:
+        return self.limit
+
+
+def leaves(count: int) -> tuple[PlanIndex, list[NodeId]]:
+    """A binary tree over `count` leaves of 10 tokens, and its leaves as pieces."""
+    config = HomerConfig(max_chunk_len=15, target_len=15, warmup_layers=1, fan_in=2)
+    plan = MergePlan.build(2, 10 * count, 3, 16, config)
+    assert len(plan.leaves) == count
+    return PlanIndex(plan), [leaf.id for leaf in plan.leaves]
+
+
+def queue_of(count: int) -> PieceQueue:
+    return PieceQueue(*leaves(count), on_split=lambda _: None)
+
+
+def numbers(*taken: NodeId | None) -> list[int | None]:
+    return [piece.index if piece is not None else None for piece in taken]
+
+
+@given(
+    count=st.integers(1, 70),
+    height=st.integers(0, 3),
+    order=st.lists(st.integers(0, 4), min_size=300, max_size=300),
+    limits=st.lists(st.sampled_from([1.0, 50.0, 1e9]), min_size=300, max_size=300),
+    put_back=st.sets(st.integers(0, 40)),
+)
+def test_every_leaf_is_handed_out_once(
+    count: int, height: int, order: list[int], limits: list[float], put_back: set[int]
+) -> None:
+    index, pieces = leaves(count)
+    height = min(height, index.plan.height)
+    pieces = [node.id for node in index.plan.nodes if node.id.height == height]
+    split: list[NodeId] = []
+    queue = PieceQueue(index, pieces, on_split=split.append)
+    pace = Speeds(**{"0": 1.0, "1": 3.0, "2": 0.2})
+    done: list[int] = []
+    for turn, (worker, pace.limit) in enumerate(zip(order, limits, strict=True)):
+        piece = queue.take(str(worker), pace)
+        if piece is None:
+            # What is left is left to the worker that comes to it.
+            continue
+        if turn in put_back:
+            queue.put_back(piece)
+            continue
+        span = index.spans[piece]
+        done += range(span.first, span.end)
+    while queue:
+        for worker in range(5):
+            if piece := queue.take(str(worker), pace):
+                span = index.spans[piece]
+                done += range(span.first, span.end)
+    assert sorted(done) == list(range(count))
+    assert queue.free_work == 0
+    assert len(split) == len(set(split))
 
 
 def test_equal_workers_get_equal_stretches_of_neighbours() -> None:
-    queue = PieceQueue([0] * 16)
-    taken = [(queue.take("a"), queue.take("b")) for _ in range(8)]
-    assert taken == [(number, number + 8) for number in range(8)]
+    queue, pace = queue_of(16), Speeds()
+    taken = [numbers(queue.take("a", pace), queue.take("b", pace)) for _ in range(8)]
+    assert taken == [[number, number + 8] for number in range(8)]
+
+
+def test_a_stretch_is_shared_by_the_pace_of_its_workers() -> None:
+    queue, pace = queue_of(16), Speeds(fast=3.0)
+    assert numbers(queue.take("slow", pace), queue.take("fast", pace)) == [0, 4]
 
 
 def test_a_fast_worker_takes_over_half_of_what_a_slow_one_has_left() -> None:
-    queue = PieceQueue([0] * 16)
-    assert queue.take("fast") == 0
-    assert queue.take("slow") == 8
-    assert [queue.take("fast") for _ in range(8)] == [1, 2, 3, 4, 5, 6, 7, 12]
+    queue, pace = queue_of(16), Speeds()
+    assert numbers(queue.take("fast", pace), queue.take("slow", pace)) == [0, 8]
+    assert numbers(*(queue.take("fast", pace) for _ in range(8))) == [1, 2, 3, 4, 5, 6, 7, 12]
 
 
-def test_a_stretch_is_cut_where_a_large_subtree_begins() -> None:
-    queue = PieceQueue([9, 0, 1, 0, 2, 0, 1, 0, 0, 3, 0, 1, 0, 0, 2, 0])
-    assert [queue.take("a"), queue.take("b")] == [0, 9]
+def test_the_last_leaf_is_left_to_the_worker_that_comes_to_it() -> None:
+    queue, pace = queue_of(4), Speeds(slow=0.1)
+    assert numbers(queue.take("a", pace), queue.take("b", pace)) == [0, 2]
+    assert numbers(queue.take("a", pace)) == [1]
+    assert queue.take("a", pace) is None
+    # Not where it would be long in coming.
+    pace.speeds["b"] = 0.1
+    assert numbers(queue.take("a", pace)) == [3]
+
+
+def test_a_piece_that_takes_too_long_is_cut_into_its_children() -> None:
+    index, _ = leaves(16)
+    pieces = [node.id for node in index.plan.nodes if node.id.height == 3]
+    split: list[NodeId] = []
+    queue, pace = PieceQueue(index, pieces, on_split=split.append), Speeds()
+    pace.limit = index.spans[NodeId(1, 0)].work
+    assert queue.take("a", pace) == NodeId(1, 0)
+    assert split == [NodeId(3, 0), NodeId(2, 0)]
+    assert queue.take("a", pace) == NodeId(1, 1)
 
 
 def test_a_piece_that_was_put_back_is_handed_out_again() -> None:
-    queue = PieceQueue([0] * 2)
-    assert [queue.take("a"), queue.take("b")] == [0, 1]
-    queue.put_back(0)
-    assert queue.take("b") == 0
-    assert queue.take("b") is None
+    queue, pace = queue_of(2), Speeds()
+    pace.busy = 1e9
+    first = queue.take("a", pace)
+    assert numbers(first, queue.take("b", pace)) == [0, 1]
+    assert first is not None
+    queue.put_back(first)
+    assert queue.take("b", pace) == first
+    assert queue.take("b", pace) is None
 
 
 @pytest.mark.parametrize(("leaves", "pieces"), [(1, 1), (5, 1), (15, 1), (40, 5), (500, 8)])

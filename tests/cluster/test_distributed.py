@@ -72,6 +72,7 @@ async def run_job(
                     tokens.append(event.token_id)
                 elif isinstance(event, JobSummary):
                     summary = event
+        await scheduler.close()
         for client in clients:
             stats = await client.stats()
             counts = (stats.requests, stats.node_states, stats.kv_shards, stats.running_calls)

@@ -151,7 +151,7 @@ class service_with:  # noqa: N801 - a context manager
 
         async def stop() -> None:
             await door.stop()
-            await scheduler.drain()
+            await scheduler.close()
             await seeing.stop()
             await asyncio.gather(*(client.close() for client in scheduler.workers))
 
