@@ -144,6 +144,7 @@ class Gather:
                 check,
                 on_received=self._count,
                 dtype=stack.dtype,
+                device=stack.device,
             )
             async with aclosing(pulling) as pulled:
                 async for named in pulled:

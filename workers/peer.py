@@ -24,6 +24,7 @@ from workers.errors import BrokenStreamError, DamagedStreamError, PeerError
 from workers.frames import SMALL_BYTES, Packed
 from workers.options import STALL_SECONDS
 from workers.shared_ring import RingInlet, can_share, open_ring
+from workers.staging import Staging
 from workers.tensor_stream import Limits, NamedTensor, Spec, StreamReader, encode_stream
 from workers.transport import CHANNEL_OPTIONS, tensor_call
 from workers.wire_format import Decoder, WireFormat
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 ATTEMPTS = 3
 _RECEIVE_THREADS = 4
 AS_IS = WireFormat()
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -72,6 +74,7 @@ class PeerPool:
     ) -> None:
         self.wire = wire
         self._peers: dict[str, _Peer] = {}
+        self._stagings: dict[torch.device, Staging] = {}
         self._on_received = on_received
         self._on_transfer = on_transfer
         self._stall_seconds = stall_seconds
@@ -87,13 +90,14 @@ class PeerPool:
         check: Callable[[Sequence[Spec]], None],
         on_received: Callable[[int], None] | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device = _CPU,
     ) -> AsyncGenerator[NamedTensor, None]:
         """Call a tensor stream of the worker at `address`; yields tensors as they are complete.
 
         While what came is copied in another thread, the next message is waited for; while nobody
         asks for the next tensor, nothing is read, and the peer has to wait.
         `on_received` is told the bytes that each message of this stream brought across. `check` and
-        `limits` are for the tensors as they travel; floats come out as `dtype`.
+        `limits` are for the tensors as they travel; they come out on `device`, floats as `dtype`.
 
         Raises
         ------
@@ -113,7 +117,9 @@ class PeerPool:
         asked.CopyFrom(request)
         inlet.offer(asked.transfer)
         self.wire.ask(asked.transfer)
-        reader, decoder = StreamReader(limits, check), self.wire.decoder(dtype)
+        staging = self._staging(device)
+        reader = StreamReader(limits, check, staging)
+        take = _Take(reader, self.wire.decoder(dtype), staging, inlet)
         call = tensor_call(peer.channel, method, asked)
         loop = asyncio.get_running_loop()
         feeding: asyncio.Future[list[NamedTensor]] | None = None
@@ -133,11 +139,9 @@ class PeerPool:
                 if on_received is not None:
                     on_received(crossing_bytes)
                 if crossing_bytes > SMALL_BYTES:
-                    feeding = loop.run_in_executor(
-                        self._threads, _feed, reader, decoder, inlet, opened
-                    )
+                    feeding = loop.run_in_executor(self._threads, take, opened)
                 else:
-                    for named in _feed(reader, decoder, inlet, opened):
+                    for named in take(opened):
                         yield named
             reader.finish()
         finally:
@@ -201,6 +205,11 @@ class PeerPool:
             self._peers[address] = _Peer(channel)
         return self._peers[address]
 
+    def _staging(self, device: torch.device) -> Staging:
+        if device not in self._stagings:
+            self._stagings[device] = Staging(device)
+        return self._stagings[device]
+
     def _inlet(self, peer: _Peer) -> Inlet:
         if self._share_memory and peer.shares_memory:
             try:
@@ -210,18 +219,28 @@ class PeerPool:
         return MessageInlet()
 
 
-def _feed(
-    reader: StreamReader, decoder: Decoder, inlet: Inlet, opened: list[Opened]
-) -> list[NamedTensor]:
-    """What the one thing in `opened` completes; takes it out."""
-    try:
-        ready = reader.feed(opened.pop().frame)
-    except HomerError as error:
-        # Errors are kept by whoever failed of them; what lies in shared memory must not be.
-        clear_frames(error.__traceback__)
-        raise
-    inlet.taken()
-    return decoder.take(ready)
+@dataclass
+class _Take:
+    """Takes what came with a message; not on the event loop where that is much."""
+
+    reader: StreamReader
+    decoder: Decoder
+    staging: Staging
+    inlet: Inlet
+
+    def __call__(self, opened: list[Opened]) -> list[NamedTensor]:
+        """The tensors that the one thing in `opened` completes; takes it out."""
+        try:
+            ready = self.reader.feed(opened.pop().frame)
+        except HomerError as error:
+            # Errors are kept by whoever failed of them; what lies in shared memory must not be.
+            clear_frames(error.__traceback__)
+            raise
+        self.inlet.taken()
+        return [
+            NamedTensor(name, self.staging.to_device(tensor))
+            for name, tensor in self.decoder.take(ready)
+        ]
 
 
 def choose_outlet(options: tensor_pb2.TransferOptions) -> Outlet:

@@ -188,6 +188,7 @@ class Runner:
                 must_equal(specs),
                 on_received=count,
                 dtype=stack.dtype,
+                device=stack.device,
             )
             async with aclosing(pulling) as pulled:
                 return [named async for named in pulled]

@@ -50,6 +50,7 @@ from workers.options import WorkerOptions
 from workers.peer import PeerPool, choose_outlet, send_tensors
 from workers.plan_wire import read_node
 from workers.runs import Counters, Runner, check_children
+from workers.staging import Staging
 from workers.store import HeldRequest, Store
 from workers.tensor_stream import Spec
 from workers.tracing import Tracing
@@ -92,6 +93,7 @@ class WorkerServicer:
             wire=WireFormat.named(options.wire_dtype),
         )
         self._runner: Runner | None = None
+        self._staging = Staging(torch.device("cpu"))
         self._answers: Answering | None = None
         self._draining = False
         self._running_calls = 0
@@ -102,6 +104,7 @@ class WorkerServicer:
     def ready(self, model: LoadedModel, metrics_port: int = 0) -> None:
         """Take work for `model` from now on."""
         self._metrics_port = metrics_port
+        self._staging = Staging(model.stack.device)
         self._runner = Runner(
             model, self._engine, self._peers, self._counters, self._metrics, self._tracing
         )
@@ -443,7 +446,7 @@ class WorkerServicer:
         wire = WireFormat.asked_for(options)
         return send_tensors(
             wire.specs(specs),
-            wire.encode(specs, tensors),
+            self._staging.to_host(wire.encode(specs, tensors)),
             choose_outlet(options),
             self._engine.io,
             self._sent,

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy
 import torch
 import xxhash
 
 from homer.v1 import tensor_pb2
 from workers.errors import DamagedStreamError, TensorLimitError, TensorStreamError
 from workers.frames import FRAME_BYTES, Packed, Piece, copy_bytes, pack_data, pack_frame
+from workers.staging import Staging
 
 if sys.byteorder != "little":
     raise ImportError(
@@ -28,6 +28,7 @@ if sys.byteorder != "little":
 
 MAX_RANK = 8
 MAX_SIZE = 1 << 40
+IN_MAIN_MEMORY = Staging(torch.device("cpu"))
 
 DTYPE_OF_WIRE = {
     tensor_pb2.DTYPE_FLOAT32: torch.float32,
@@ -147,14 +148,20 @@ class StreamReader:
         The most that is accepted.
     check : callable, optional
         Called with the announced specs before memory is taken; raises what it thinks of them.
+    staging : Staging, optional
+        Gives the memory.
 
     `feed` returns the tensors that a frame completed: what they hold agrees with the checksums.
     Memory for a tensor is taken when its turn comes.
     """
 
     def __init__(
-        self, limits: Limits, check: Callable[[Sequence[Spec]], None] | None = None
+        self,
+        limits: Limits,
+        check: Callable[[Sequence[Spec]], None] | None = None,
+        staging: Staging = IN_MAIN_MEMORY,
     ) -> None:
+        self._staging = staging
         self._limits = limits
         self._check = check
         self._specs: list[Spec] | None = None
@@ -241,7 +248,8 @@ class StreamReader:
         """Go on with the next tensor that has bytes to fill; those without are there already."""
         specs = self._specs or []
         while self._number < len(specs):
-            self._tensor = _allocate(specs[self._number])
+            spec = specs[self._number]
+            self._tensor = self._staging.allocate(spec.shape, spec.dtype)
             if self._tensor.numel():
                 self._view, self._filled = tensor_bytes(self._tensor), 0
                 return
@@ -289,14 +297,6 @@ class StreamReader:
                 "the checksum of a tensor stream does not agree: it was damaged on the way"
             )
         self._done = True
-
-
-def _allocate(spec: Spec) -> torch.Tensor:
-    """Memory for a tensor. numpy asks for huge pages, torch does not: far fewer page faults."""
-    if not spec.nbytes:
-        return torch.empty(spec.shape, dtype=spec.dtype)
-    memory = numpy.empty(spec.nbytes, dtype=numpy.uint8)
-    return torch.from_numpy(memory).view(spec.dtype).view(spec.shape)
 
 
 def _read_spec(spec: tensor_pb2.TensorSpec) -> Spec:

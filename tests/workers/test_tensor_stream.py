@@ -143,8 +143,8 @@ def test_a_header_is_refused_before_memory_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reader = StreamReader(limits)
-    monkeypatch.setattr("workers.tensor_stream.numpy.empty", _no_memory)
-    monkeypatch.setattr("workers.tensor_stream.torch.empty", _no_memory)
+    monkeypatch.setattr("workers.staging.numpy.empty", _no_memory)
+    monkeypatch.setattr("workers.staging.torch.empty", _no_memory)
     frame = decode_frame(header_frame(*specs, total_bytes=total_bytes))
     with pytest.raises(error):
         reader.feed(frame)
@@ -155,7 +155,7 @@ def test_the_callers_check_comes_before_memory_too(monkeypatch: pytest.MonkeyPat
         assert [spec.shape for spec in specs] == [(4,)]
         raise TensorStreamError("not what was asked for")
 
-    monkeypatch.setattr("workers.tensor_stream.numpy.empty", _no_memory)
+    monkeypatch.setattr("workers.staging.numpy.empty", _no_memory)
     reader = StreamReader(AMPLE, refuse)
     with pytest.raises(TensorStreamError, match="not what was asked for"):
         reader.feed(decode_frame(header_frame(("x", 1, [4]), total_bytes=16)))
