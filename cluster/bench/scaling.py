@@ -32,6 +32,7 @@ class JobTimes:
     Seconds; `first_token` and `total` count from submission.
     """
 
+    plan: MergePlan
     workers: int
     first_token: float
     total: float
@@ -93,6 +94,7 @@ async def time_job(scheduler: Scheduler, job: Job, pids: Sequence[int] = ()) -> 
     if cache is None or summary is None:
         raise RuntimeError("the job ended without an answer")
     return JobTimes(
+        plan=job.plan,
         workers=len(scheduler.workers),
         first_token=first,
         total=total,
@@ -121,49 +123,65 @@ def seconds_without_core(pid: int) -> float:
 
 @dataclass(frozen=True)
 class ScalingRow:
-    """All rounds of one length and one number of workers."""
+    """All rounds of one length and one number of workers, and those of one worker beside them.
+
+    Of each the fastest round counts: whatever else the machine does only makes a round slower.
+    """
 
     tokens: int
     workers: int
     runs: tuple[JobTimes, ...]
-    # The runs of one worker in the same rounds.
     alone: tuple[JobTimes, ...]
-    ideal_speedup: float
+
+    @property
+    def fastest(self) -> JobTimes:
+        return _fastest(self.runs)
 
     @property
     def seconds(self) -> float:
-        """Median time to the first token."""
+        """Time to the first token in the fastest round."""
+        return self.fastest.first_token
+
+    @property
+    def median_seconds(self) -> float:
+        """Over all rounds."""
         return statistics.median(run.first_token for run in self.runs)
 
     @property
     def speedup(self) -> float:
-        """Median over the rounds of one worker's time over this one's."""
-        return statistics.median(
-            one.first_token / run.first_token
-            for one, run in zip(self.alone, self.runs, strict=True)
-        )
+        """One worker's time over this one's."""
+        return _fastest(self.alone).first_token / self.seconds
+
+    @property
+    def ideal_speedup(self) -> float:
+        """What the tree allows, by the node times of one worker."""
+        alone = _fastest(self.alone)
+        plan = alone.plan
+        return TreeTime.of(plan, alone.node_seconds, self.workers, alone.refresh).ideal_speedup
+
+    @property
+    def efficiency(self) -> float:
+        """The speed-up's part of the ideal one."""
+        return self.speedup / self.ideal_speedup
 
     @property
     def slowdown(self) -> float:
         """How much longer the same nodes took than on one worker: what the machine takes back."""
-        return statistics.median(
-            run.compute / one.compute for one, run in zip(self.alone, self.runs, strict=True)
-        )
+        return self.fastest.compute / _fastest(self.alone).compute
+
+    @property
+    def waited(self) -> float:
+        """The part of the time in which a worker had to wait for a core."""
+        return self.fastest.waited / self.workers / self.seconds
 
     @property
     def event_seconds(self) -> float:
         """Processor time of the scheduler's process for each event: median."""
         return statistics.median(run.scheduler_cpu / run.events for run in self.runs)
 
-    @property
-    def waited(self) -> float:
-        """The median part of the time in which a worker had to wait for a core."""
-        return statistics.median(run.waited / run.workers / run.first_token for run in self.runs)
 
-    @property
-    def efficiency(self) -> float:
-        """The speed-up's part of the ideal one."""
-        return self.speedup / self.ideal_speedup
+def _fastest(runs: Sequence[JobTimes]) -> JobTimes:
+    return min(runs, key=lambda run: run.first_token)
 
 
 def measure_scaling(
@@ -205,14 +223,9 @@ async def _measure(
                     times[count].append(await time_job(scheduler, job, pids))
                     if on_run is not None:
                         on_run(tokens, times[count][-1])
-            plan = make_job(tokens, size).plan
             for count in counts:
-                ideal = statistics.median(
-                    TreeTime.of(plan, one.node_seconds, count, one.refresh).ideal_speedup
-                    for one in times[counts[0]]
-                )
-                alone = tuple(times[counts[0]])
-                rows.append(ScalingRow(tokens, count, tuple(times[count]), alone, ideal))
+                runs_of, alone = tuple(times[count]), tuple(times[counts[0]])
+                rows.append(ScalingRow(tokens, count, runs_of, alone))
     return rows
 
 

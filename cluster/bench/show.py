@@ -25,23 +25,31 @@ def scaling_table(
     runs = len(rows[0].runs)
     table = Table(
         title="Time to the first token by workers of one thread each",
-        caption=f"medians of {runs} rounds in which the numbers of workers took turns; ideal: work "
-        "/ best schedule of the nodes as one worker timed them; nodes slower: the same nodes "
+        caption=f"fastest of {runs} rounds in which the numbers of workers took turns; ideal: "
+        "work / best schedule of the nodes as one worker timed them; nodes slower: the same nodes "
         "against one worker; apart: against one process in as many that share no work; no core: "
         "part of the time in which a worker was ready and did not run, other programs included; "
         "simulated: the same scheduler in virtual time, from costs measured in the same run",
     )
-    for title in ("prompt\ntokens", "workers", "seconds", "speed-up", "ideal", "of ideal"):
+    for title in (
+        "prompt\ntokens",
+        "workers",
+        "seconds",
+        "median",
+        "speed-up",
+        "ideal",
+        "of\nideal",
+    ):
         table.add_column(title, justify="right")
-    for title in ("nodes\nslower", "apart", "no core", "MB moved", "simulated\nseconds"):
+    for title in ("nodes\nslower", "apart", "no core", "MB", "simu-\nlated", "simulated\n/ real"):
         table.add_column(title, justify="right")
-    table.add_column("simulated\n/ real", justify="right")
     for row in rows:
         seconds = simulated[row.tokens, row.workers]
         table.add_row(
             f"{row.tokens:,}",
             str(row.workers),
             f"{row.seconds:.2f}",
+            f"{row.median_seconds:.2f}",
             f"{row.speedup:.2f}",
             f"{row.ideal_speedup:.2f}",
             f"{row.efficiency:.2f}",

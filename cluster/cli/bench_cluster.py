@@ -102,6 +102,7 @@ def measure_scaling(lengths: str, workers: str, runs: int, out: Path) -> None:
             "tokens": row.tokens,
             "workers": row.workers,
             "seconds": row.seconds,
+            "median_seconds": row.median_seconds,
             "speedup": row.speedup,
             "ideal_speedup": row.ideal_speedup,
             "of_ideal": row.efficiency,
