@@ -16,7 +16,7 @@ from typing import Any, Self
 import grpc
 
 from cluster.errors import ServiceError
-from cluster.retry import Replay, delay_seconds
+from cluster.retry import RETRY_AFTER, Replay, delay_seconds
 from homer.errors import ConfigError
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc, sampling_pb2
@@ -24,8 +24,6 @@ from workers.plan_wire import PLAN_KINDS
 from workers.tracing import caller_metadata
 
 MAX_MESSAGE_BYTES = 64 << 20
-# Trailing metadata of an error that passes.
-RETRY_AFTER = "retry-after"
 SEED_BITS = 63
 
 Event = pb.Accepted | pb.Progress | pb.Token | pb.Summary

@@ -91,6 +91,7 @@ class Coordinator:
         service = LongContextService(
             self._scheduler, info, config, tokenizer, options.limits, self._seeing
         )
+        service.absent_workers = self._pool.absent
         port = await self._open(service)
         # After the door: where this is a restart, the port of the one before is free by then.
         self._seeing.start(options.host, options.metrics_port)

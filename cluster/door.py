@@ -23,6 +23,7 @@ from cluster.errors import (
 )
 from cluster.info_wire import server_info, trace_to_wire
 from cluster.job import CacheReady, JobProgress, Sampling
+from cluster.retry import RETRY_AFTER
 from cluster.service import (
     Accepted,
     Finished,
@@ -45,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LongContext"].full_name
 STOP_GRACE_SECONDS = 5.0
-RETRY_AFTER, RETRY_PUSHBACK = "retry-after", "grpc-retry-pushback-ms"
+RETRY_PUSHBACK = "grpc-retry-pushback-ms"
 # A worker takes about so long to come back.
 LOST_RETRY_SECONDS = 5.0
 

@@ -53,7 +53,13 @@ def server_info(
         target_len=config.target_len,
         warmup_layers=config.warmup_layers,
         calibrated=info.calibrated,
-        workers=[_worker(view, seeing.clocks) for view in views],
+        workers=[
+            *(_worker(view, seeing.clocks) for view in views),
+            *(
+                pb.ServerWorker(name=name, state=pb.WORKER_STATE_ABSENT, problem=reason)
+                for name, reason in service.absent_workers().items()
+            ),
+        ],
         running_requests=load.running_jobs,
         queued_requests=load.queued_jobs,
         queued_tokens=load.queued_tokens,

@@ -76,6 +76,14 @@ class WorkerPool:
         """The workers that serve."""
         return [slot.client for slot in self.slots if slot.client is not None]
 
+    def absent(self) -> dict[str, str]:
+        """Workers that do not serve, and why."""
+        return {
+            f"worker-{slot.number}": slot.reason or f"it is {slot.state}"
+            for slot in self.slots
+            if slot.client is None
+        }
+
     async def start(self) -> None:
         """Place the workers, let them load the model, and connect to them.
 

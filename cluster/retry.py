@@ -9,6 +9,8 @@ import random
 
 from cluster.errors import ServiceError
 
+# The name of the trailing metadata with the seconds after which to ask again.
+RETRY_AFTER = "retry-after"
 # Codes that say: not now. Everything else would go wrong in the same way again.
 PASSING_CODES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
 FIRST_DELAY_SECONDS = 0.5

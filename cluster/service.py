@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -108,6 +108,11 @@ class LongContextService:
     limits : Limits
     seeing : Seeing, optional
         What looks at the scheduler; its observer must be the scheduler's.
+
+    Attributes
+    ----------
+    absent_workers : callable
+        Gives the workers that should serve and do not, each with why; none by default.
     """
 
     def __init__(
@@ -125,6 +130,7 @@ class LongContextService:
         self.limits = limits
         self.seeing = seeing or Seeing()
         self.seeing.watch.scheduler = scheduler
+        self.absent_workers: Callable[[], Mapping[str, str]] = dict
         self._tokenizer = tokenizer
 
     async def generate(self, request: Request) -> AsyncIterator[ServiceEvent]:

@@ -101,7 +101,7 @@ def serve(
     )
     try:
         with (
-            settings.ended_by_signals(),
+            settings.ended_by_signals() as signals,
             ray_cluster(address, options, show_logs=True) as placed,
             running_service(placed) as service,
         ):
@@ -109,7 +109,9 @@ def serve(
             typer.echo(f"homer serves {model} at {service} with {len(options.initial)} worker(s)")
             try:
                 watch_service(name, lambda news: typer.echo(f"homer: {news}", err=True))
-            except settings.Terminated:
+            except KeyboardInterrupt:
+                if not signals.terminated:
+                    raise
                 typer.echo(
                     f"homer: running requests have {grace_seconds:g} s to end; another signal ends "
                     "them now",

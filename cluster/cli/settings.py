@@ -9,6 +9,7 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Annotated, Any
 
@@ -232,19 +233,24 @@ def overrides(paper: bool, **given: Any) -> CompressionOverrides:
     return CompressionOverrides(**given)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came; where nobody minds the difference it ends a command like Ctrl-C."""
+@dataclass
+class Signals:
+    """What came so far. An exception would not tell: Ray turns each into a KeyboardInterrupt."""
+
+    terminated: bool = False
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[Signals]:
     """Let SIGTERM end a command like Ctrl-C: everything that it started is stopped first."""
+    signals = Signals()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        signals.terminated = True
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        yield signals
     finally:
         signal.signal(signal.SIGTERM, before)

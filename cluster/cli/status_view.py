@@ -14,6 +14,7 @@ _STYLES = {
     pb.WORKER_STATE_BUSY: "yellow",
     pb.WORKER_STATE_DRAINING: "blue",
     pb.WORKER_STATE_SILENT: "red",
+    pb.WORKER_STATE_ABSENT: "red",
 }
 
 
@@ -52,7 +53,7 @@ def _workers(info: pb.GetServerInfoResponse) -> Table:
         ]
         table.add_row(
             worker.name,
-            worker.address,
+            worker.address or Text(worker.problem),
             Text(state, style=_STYLES.get(worker.state, "")),
             *(numbers if worker.ready else ["-"] * len(numbers)),
         )

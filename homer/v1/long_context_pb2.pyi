@@ -16,6 +16,7 @@ class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_STATE_BUSY: _ClassVar[WorkerState]
     WORKER_STATE_DRAINING: _ClassVar[WorkerState]
     WORKER_STATE_SILENT: _ClassVar[WorkerState]
+    WORKER_STATE_ABSENT: _ClassVar[WorkerState]
 
 class RequestStage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -29,6 +30,7 @@ WORKER_STATE_IDLE: WorkerState
 WORKER_STATE_BUSY: WorkerState
 WORKER_STATE_DRAINING: WorkerState
 WORKER_STATE_SILENT: WorkerState
+WORKER_STATE_ABSENT: WorkerState
 REQUEST_STAGE_UNSPECIFIED: RequestStage
 REQUEST_STAGE_QUEUED: RequestStage
 REQUEST_STAGE_TREE: RequestStage
@@ -219,7 +221,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerWorker(_message.Message):
-    __slots__ = ("name", "address", "device", "ready", "requests", "state_bytes", "kv_shard_bytes", "state", "resident_bytes", "accelerator_bytes", "memory_budget_bytes", "reserved_bytes", "leaves_done", "merges_done", "generated_tokens", "clock_ahead_seconds", "metrics_address")
+    __slots__ = ("name", "address", "device", "ready", "requests", "state_bytes", "kv_shard_bytes", "state", "resident_bytes", "accelerator_bytes", "memory_budget_bytes", "reserved_bytes", "leaves_done", "merges_done", "generated_tokens", "clock_ahead_seconds", "metrics_address", "problem")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +239,7 @@ class ServerWorker(_message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CLOCK_AHEAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: str
     device: str
@@ -254,7 +257,8 @@ class ServerWorker(_message.Message):
     generated_tokens: int
     clock_ahead_seconds: float
     metrics_address: str
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., ready: _Optional[bool] = ..., requests: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., leaves_done: _Optional[int] = ..., merges_done: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., clock_ahead_seconds: _Optional[float] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    problem: str
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., ready: _Optional[bool] = ..., requests: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., leaves_done: _Optional[int] = ..., merges_done: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., clock_ahead_seconds: _Optional[float] = ..., metrics_address: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class RequestStatus(_message.Message):
     __slots__ = ("request_id", "stage", "prompt_tokens", "leaves_done", "leaves_total", "merges_done", "merges_total", "generated_tokens", "seconds")

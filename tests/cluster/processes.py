@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.cluster.conftest import poll
 
@@ -96,6 +100,28 @@ def sandbox() -> Iterator[Sandbox]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+class Lines:
+    """The lines that a process writes, read in the background so that it never waits for us."""
+
+    def __init__(self, stream: Any) -> None:
+        self.lines: list[str] = []
+        threading.Thread(target=self._read, args=(stream,), daemon=True).start()
+
+    def _read(self, stream: Any) -> None:
+        for line in stream:
+            self.lines.append(line)
+
+    def find(self, pattern: str) -> re.Match[str] | None:
+        return next(filter(None, (re.search(pattern, line) for line in list(self.lines))), None)
+
+    def wait_for(self, pattern: str, seconds: float = END_SECONDS) -> re.Match[str]:
+        deadline = time.monotonic() + seconds
+        while (found := self.find(pattern)) is None:
+            assert time.monotonic() < deadline, f"no {pattern!r} in {''.join(self.lines)}"
+            time.sleep(0.02)
+        return found
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that were free a moment ago."""
     sockets = [socket.socket() for _ in range(count)]
@@ -105,3 +131,9 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
+
+
+def accepts(port: int) -> bool:
+    """Whether something on this machine listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

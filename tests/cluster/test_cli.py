@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import pytest
 from cluster.client import HomerClient
 from homer.v1 import long_context_pb2 as pb
 from tests.cluster.conftest import poll
-from tests.cluster.processes import BIN, Sandbox, free_ports, sandbox
+from tests.cluster.processes import BIN, Sandbox, accepts, free_ports, sandbox
 from tests.cluster.test_service import CONTEXT, LONG_CONTEXT, QUESTION, assert_nothing_held
 from tests.golden_cases import model_dir
 
@@ -260,7 +259,7 @@ def test_ray_job_submit(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    poll(lambda: _accepts(dashboard), "the dashboard does not start")
+    poll(lambda: accepts(dashboard), "the dashboard does not start")
     # Ray asks for a token by default, but its job client sends one only when told so.
     box.env["RAY_AUTH_MODE"] = "token"
     done = box.run(
@@ -282,8 +281,3 @@ def test_ray_job_submit(
     head.terminate()
     head.wait(60)
     box.assert_empty()
-
-
-def _accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0

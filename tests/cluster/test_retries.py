@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 
 from cluster import retry
 from cluster.client import HomerClient
-from cluster.errors import ServiceError
+from cluster.door import GrpcDoor
+from cluster.errors import (
+    CapacityError,
+    NoWorkersError,
+    OverloadedError,
+    ServiceError,
+    WorkerLostError,
+)
 from cluster.retry import Replay, delay_seconds
-from homer.errors import ConfigError
+from cluster.seeing import Seeing
+from cluster.service import Limits
+from homer.errors import ConfigError, HomerError, PromptError
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc
+from tests.cluster.conftest import Run
 from tests.cluster.processes import free_ports
 
 Attempt = Callable[[pb.GenerateRequest, Any], Iterator[pb.GenerateResponse]]
@@ -120,6 +130,35 @@ def test_the_time_that_the_service_asks_for_is_kept() -> None:
         started = time.monotonic()
         assert tokens_of(ask(client)) == [1]
     assert 0.3 <= time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "seconds"),
+    [
+        (OverloadedError("full", 12.5), "RESOURCE_EXHAUSTED", 12.5),
+        (NoWorkersError("none left", 30), "UNAVAILABLE", 30),
+        (WorkerLostError("gone"), "UNAVAILABLE", 5),
+        (CapacityError("too long"), "FAILED_PRECONDITION", None),
+        (PromptError("empty"), "INVALID_ARGUMENT", None),
+    ],
+)
+def test_the_door_says_when_to_ask_again(
+    error: HomerError, code: str, seconds: float | None, run: Run[Any]
+) -> None:
+    class Failing:
+        limits = Limits()
+        seeing = Seeing()
+
+        async def generate(self, request: Any) -> AsyncIterator[Any]:
+            raise error
+            yield
+
+    door = GrpcDoor(cast(Any, Failing()), "127.0.0.1", 0)
+    port = run(door.start())
+    with HomerClient(f"127.0.0.1:{port}") as client, pytest.raises(ServiceError) as caught:
+        ask(client)
+    run(door.stop(0))
+    assert (caught.value.code, caught.value.retry_after_seconds) == (code, seconds)
 
 
 def test_a_wait_beyond_the_deadline_is_not_begun() -> None:
