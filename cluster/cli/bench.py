@@ -119,6 +119,16 @@ def transport(
         _transport(megabytes, runs, out)
 
 
+@app.command("wire-dtype")
+def wire_dtype(
+    prompts: Annotated[int, typer.Option(help="Pass-key prompts.", min=1)] = 20,
+    out: Out = OUT,
+) -> None:
+    """Measure what narrower types between workers cost in accuracy, and the bytes they save."""
+    with measuring():
+        _wire_dtype(prompts, out)
+
+
 @app.command()
 def passkey(
     model: Model = _DEFAULT.model,
@@ -178,6 +188,7 @@ def everything(model: Model = None, out: Out = OUT) -> None:
         bench_cluster.measure_wire(16384, bench_cluster.WIRE_WORKERS, out)
         bench_cluster.measure_worker_memory("16384,65536", 2, out)
         _transport(512, 5, out)
+        _wire_dtype(10, out)
         bench_simulate.simulate_few(out)
         _quality("passkey", few)
         _quality("multikey", few)
@@ -224,6 +235,33 @@ def _memory(lengths: str, methods: str, threads: int, out: Path) -> None:
     print_table(machine, memory_table(results))
     values = [{**asdict(r), "above_bytes": r.above_bytes} for r in results]
     save_results(out / "memory.json", machine, values)
+
+
+def _wire_dtype(prompts: int, out: Path) -> None:
+    from rich.table import Table
+
+    from workers.wire_bench import measure
+
+    machine = machine_facts()
+    print(f"types on the wire, {prompts} prompts", file=sys.stderr, flush=True)
+    costs = measure(prompts=prompts)
+    table = Table(
+        title="The demo model on two workers, by the type in which floats travel",
+        caption=f"{prompts} pass-key prompts; beside float32 as it is",
+    )
+    for title in ("wire", "bytes", "logits: worst", "mean", "equal tokens", "equal kept tokens"):
+        table.add_column(title, justify="left" if title == "wire" else "right")
+    for cost in costs:
+        table.add_row(
+            cost.wire_dtype,
+            f"{cost.share_of_bytes:.1%}",
+            f"{cost.worst_logit_difference:.4f}",
+            f"{cost.mean_logit_difference:.4f}",
+            f"{cost.token_agreement:.1%}",
+            f"{cost.kept_agreement:.1%}",
+        )
+    print_table(machine, table)
+    save_results(out / "wire-dtype.json", machine, [asdict(cost) for cost in costs])
 
 
 def _transport(megabytes: int, runs: int, out: Path) -> None:
