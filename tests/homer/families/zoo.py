@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 VOCAB = 96
 LAYERS = 8
 WINDOW = 24
-_MIXED = ["sliding_attention"] * 3 + ["full_attention", "sliding_attention", "full_attention"]
-MIXED = [*_MIXED, "sliding_attention", "sliding_attention"]
-"""Local layers at the top of the leaves, below a global one, and alone at the root."""
+_LOCAL, _WHOLE = "sliding_attention", "full_attention"
+MIXED = [_LOCAL, _LOCAL, _WHOLE, _LOCAL, _WHOLE, _LOCAL, _LOCAL, _LOCAL]
+"""Leaves and merges end in a local layer above one that sees everything; the root is all local."""
 
 _SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
