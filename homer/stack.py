@@ -13,6 +13,7 @@ from homer import attention
 from homer.attention import LayerPass, NodePass
 from homer.errors import ModelError, PromptError
 from homer.families import CacheRow, Window, cache_row, family_of, layer_windows
+from homer.footprint import Footprint
 from homer.rotary import Rotary
 
 _CHECK_TOKENS, _CHECK_PAST = 12, 4
@@ -87,6 +88,19 @@ class LayerStack:
     def kv_bytes_per_row(self) -> int:
         """Bytes of one token's key and value in one layer."""
         return self.cache_row.numbers * self.dtype.itemsize
+
+    @property
+    def footprint(self) -> Footprint:
+        """Bytes that a token takes while it runs."""
+        config, hidden = self.config, self.hidden_size
+        inner = max(getattr(config, "intermediate_size", None) or 4 * hidden, hidden)
+        return Footprint(
+            kv_row_bytes=self.kv_bytes_per_row,
+            hidden_row_bytes=hidden * self.dtype.itemsize,
+            # Residual, norms, queries, keys, values and attention in and out; then the MLP.
+            running_row_bytes=(10 * hidden + 3 * inner) * self.dtype.itemsize
+            + 3 * self.kv_bytes_per_row,
+        )
 
     @property
     def vocab_size(self) -> int:

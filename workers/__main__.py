@@ -30,6 +30,8 @@ _HELP = {
     "dtype": "auto, float32, bfloat16 or float16",
     "threads": "threads of a model run on the CPU; 0 leaves it to torch",
     "bias": "calibration bias file; by default the one beside the model",
+    "memory_budget": "what requests may take, like 4GiB; auto: 4/5 of what is free; 0: no limit",
+    "idle_seconds": "a request of which nothing is heard for so long is dropped",
     "grace_seconds": "how long running calls may take to end on SIGTERM",
     "name": "what it is called in logs and spans",
     "log_format": "text, or json: one object per line",

@@ -17,6 +17,7 @@ from homer.sampling import SamplingParams
 from homer.state import NodeState
 from homer.v1 import worker_pb2
 from workers.batcher import Batcher
+from workers.budget import Budget
 from workers.engine import Engine, LoadedModel
 from workers.gather import Gather
 from workers.peer import PeerPool
@@ -36,6 +37,7 @@ class Answering:
     model: LoadedModel
     engine: Engine
     batcher: Batcher
+    budget: Budget
     peers: PeerPool
     counters: Counters
     tracing: Tracing
@@ -96,6 +98,16 @@ class Answering:
     ) -> _Ready:
         if held.context is not None:
             return _Ready.of(held.context)
+        need = self.model.stack.footprint.answer(held.plan, room_tokens)
+        if not addresses:
+            # Its rows are here, and go as the cache comes.
+            need = max(0, need - held.kv_shard_bytes)
+        with self.budget.reserve(need, f"an answer of up to {room_tokens} tokens"):
+            return await self._build_cache(held, addresses, room_tokens)
+
+    async def _build_cache(
+        self, held: HeldRequest, addresses: Sequence[str], room_tokens: int
+    ) -> _Ready:
         root = held.state(held.plan.root.id)
         began, started = time.time(), time.perf_counter()
         request = worker_pb2.GatherKvRequest(

@@ -20,6 +20,7 @@ import torch
 from homer.bias import find_bias, load_bias
 from homer.loading import load_model
 from homer.stack import LayerStack
+from workers.errors import is_out_of_memory
 from workers.options import WorkerOptions
 
 T = TypeVar("T")
@@ -130,6 +131,9 @@ class Engine:
                 try:
                     future.set_result(run(function, *args))
                 except BaseException as error:
+                    if is_out_of_memory(error) and torch.cuda.is_available():
+                        # What other sizes left behind may be just what the next step needs.
+                        torch.cuda.empty_cache()
                     future.set_exception(error)
 
         with self._asked:

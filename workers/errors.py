@@ -39,6 +39,10 @@ class StaleCallError(HomerError):
     """A newer attempt of this call is known, or its request was released."""
 
 
+class MemoryBudgetError(HomerError):
+    """Work does not fit into the worker's memory budget beside what is there."""
+
+
 class NotReadyError(HomerError):
     """The worker is loading or draining and takes no new work."""
 
@@ -69,6 +73,7 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (StaleCallError, grpc.StatusCode.ABORTED),
     (Cancelled, grpc.StatusCode.CANCELLED),
     (NotReadyError, grpc.StatusCode.UNAVAILABLE),
+    (MemoryBudgetError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (TensorLimitError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (TensorStreamError, grpc.StatusCode.DATA_LOSS),
     (ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
@@ -100,7 +105,15 @@ def status_code(error: BaseException) -> grpc.StatusCode:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code
-    # torch raises OutOfMemoryError on accelerators; both are about this call's size, not our code.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return grpc.StatusCode.RESOURCE_EXHAUSTED
     return grpc.StatusCode.INTERNAL
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused by the system: about a call's size, not about our code.
+
+    torch raises OutOfMemoryError on accelerators, and on the CPU a RuntimeError that says so.
+    """
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from homer.errors import ConfigError
+from workers.budget import parse_bytes
 
 TRANSPORTS = ("auto", "grpc")
 WIRE_DTYPES = ("auto", "bfloat16", "float16", "float8")
@@ -32,6 +33,11 @@ class WorkerOptions:
         Threads of a model run on the CPU. 0 leaves it to torch.
     bias : str, optional
         Calibration bias file. By default the one beside the model, if there is one.
+    memory_budget : str
+        What all requests together may take, like "4GiB"; "auto" is four fifths of what is free when
+        the model is loaded, "0" is no limit. Work that does not fit is refused.
+    idle_seconds : float
+        A request of which nothing is heard for so long is dropped: whoever asked for it is gone.
     grace_seconds : float
         How long running calls may take to end when the worker is asked to stop.
     name : str
@@ -61,6 +67,8 @@ class WorkerOptions:
     dtype: str = "auto"
     threads: int = 0
     bias: str | None = None
+    memory_budget: str = "auto"
+    idle_seconds: float = 3600.0
     grace_seconds: float = 30.0
     name: str = ""
     log_format: str = "text"
@@ -75,6 +83,10 @@ class WorkerOptions:
             raise ConfigError(f"port is {self.port}; use 1 to 65535, or 0 for a free one")
         if self.threads < 0:
             raise ConfigError(f"threads is {self.threads}; use 1 or more, or 0 for the default")
+        if self.memory_budget != "auto":
+            parse_bytes(self.memory_budget)
+        if self.idle_seconds <= 0:
+            raise ConfigError(f"idle_seconds is {self.idle_seconds}; use more than 0")
         if self.grace_seconds < 0:
             raise ConfigError(f"grace_seconds is {self.grace_seconds}; use 0 or more")
         if self.transport not in TRANSPORTS:

@@ -19,6 +19,7 @@ from homer.errors import PromptError
 from homer.plan import NodeId, PlanNode
 from homer.state import NodeState
 from homer.v1 import worker_pb2
+from workers.budget import Budget
 from workers.engine import Engine, LoadedModel
 from workers.metrics import WorkerMetrics
 from workers.peer import PeerPool
@@ -58,6 +59,7 @@ class Runner:
 
     model: LoadedModel
     engine: Engine
+    budget: Budget
     peers: PeerPool
     counters: Counters
     metrics: WorkerMetrics
@@ -74,7 +76,14 @@ class Runner:
 
         Between steps other requests get their turn.
         """
-        with SubtreeSpans(self.tracing, held.plan, node_id) as spans:
+        footprint, plan = self.model.stack.footprint, held.plan
+        reserved = self.budget.reserve(
+            footprint.subtree(plan, node_id),
+            f"the subtree of node {tuple(node_id)}",
+            # Merges free memory: what is new may not take the room that they need.
+            spare_bytes=footprint.largest_merge(plan),
+        )
+        with reserved, SubtreeSpans(self.tracing, plan, node_id) as spans:
             await self._run_nodes(held, node_id, context_ids, emit, spans)
 
     async def _run_nodes(
@@ -126,6 +135,17 @@ class Runner:
         emit: Callable[[worker_pb2.MergeResponse], None],
     ) -> None:
         """Merge the children of a node; those that are not here come from `addresses`."""
+        need = self.model.stack.footprint.merge(held.plan, node_id)
+        with self.budget.reserve(need, f"the merge of node {tuple(node_id)}"):
+            await self._merge(held, node_id, addresses, emit)
+
+    async def _merge(
+        self,
+        held: HeldRequest,
+        node_id: NodeId,
+        addresses: Sequence[str],
+        emit: Callable[[worker_pb2.MergeResponse], None],
+    ) -> None:
         node = held.plan.by_id[node_id]
         transfer_began, started = time.time(), time.perf_counter()
         received = [0]

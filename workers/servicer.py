@@ -34,6 +34,7 @@ from homer.plan import NodeId, PlanNode
 from homer.v1 import tensor_pb2, worker_pb2
 from workers.answers import Answering
 from workers.batcher import Batcher
+from workers.budget import DEFAULT_SHARE, Budget, parse_bytes
 from workers.bundle import bundled
 from workers.engine import Engine, LoadedModel
 from workers.errors import (
@@ -44,7 +45,7 @@ from workers.errors import (
     status_code,
 )
 from workers.jobs import Job
-from workers.memory import accelerator_bytes, resident_bytes
+from workers.memory import accelerator_bytes, free_bytes, resident_bytes
 from workers.metrics import WorkerMetrics
 from workers.options import WorkerOptions
 from workers.peer import PeerPool, choose_outlet, send_tensors
@@ -83,7 +84,9 @@ class WorkerServicer:
         self._metrics = metrics
         self._tracing = tracing
         self._metrics_port = 0
+        self._options = options
         self._store = Store()
+        self._budget = Budget(lambda: sum(held.nbytes for held in self._store.requests))
         self._counters = Counters()
         self._peers = PeerPool(
             self._received,
@@ -95,6 +98,7 @@ class WorkerServicer:
         self._runner: Runner | None = None
         self._staging = Staging(torch.device("cpu"))
         self._answers: Answering | None = None
+        self._dropping: asyncio.Task[None] | None = None
         self._draining = False
         self._running_calls = 0
         self._worker_id = uuid.uuid4().hex
@@ -105,13 +109,44 @@ class WorkerServicer:
         """Take work for `model` from now on."""
         self._metrics_port = metrics_port
         self._staging = Staging(model.stack.device)
+        self._dropping = asyncio.create_task(self._drop_idle())
+        if self._options.memory_budget == "auto":
+            self._budget.total_bytes = int(DEFAULT_SHARE * free_bytes(model.stack.device))
+        else:
+            self._budget.total_bytes = parse_bytes(self._options.memory_budget)
         self._runner = Runner(
-            model, self._engine, self._peers, self._counters, self._metrics, self._tracing
+            model,
+            self._engine,
+            self._budget,
+            self._peers,
+            self._counters,
+            self._metrics,
+            self._tracing,
         )
         batcher = Batcher(model.stack, self._engine, self._metrics.decode_step)
         self._answers = Answering(
-            model, self._engine, batcher, self._peers, self._counters, self._tracing
+            model,
+            self._engine,
+            batcher,
+            self._budget,
+            self._peers,
+            self._counters,
+            self._tracing,
         )
+
+    async def _drop_idle(self) -> None:
+        """Drop requests that nobody asks about any more, for as long as the worker runs."""
+        seconds = self._options.idle_seconds
+        while True:
+            await asyncio.sleep(min(60.0, seconds / 4))
+            for held in self._store.idle(seconds):
+                _log.warning(
+                    "request %r: nothing was heard of it for %.0f s; it is dropped",
+                    held.spec.request_id,
+                    seconds,
+                )
+                self._store.take(held.spec.request_id)
+                held.clear()
 
     async def drain(self, grace_seconds: float) -> bool:
         """Take no new work; waits for running calls. Returns whether all of them ended in time."""
@@ -124,6 +159,8 @@ class WorkerServicer:
 
     async def close(self) -> None:
         """Stop all jobs, drop everything that is held, and close the channels to peers."""
+        if self._dropping is not None:
+            self._dropping.cancel()
         for held in self._store.requests:
             self._store.take(held.spec.request_id)
             held.clear()
@@ -286,6 +323,7 @@ class WorkerServicer:
                 transformers_version=transformers.__version__,
                 process_id=os.getpid(),
                 worker_id=self._worker_id,
+                memory_budget_bytes=self._budget.total_bytes,
                 kv_bytes_per_token=stack.num_layers * stack.kv_bytes_per_row,
                 metrics_port=self._metrics_port,
             )
@@ -300,6 +338,8 @@ class WorkerServicer:
         """What this worker holds and has counted."""
         held = self._store.requests
         return worker_pb2.GetWorkerStatsResponse(
+            memory_budget_bytes=self._budget.total_bytes,
+            reserved_bytes=self._budget.reserved_bytes,
             requests=len(held),
             node_states=sum(len(one.states) for one in held),
             kv_shards=sum(len(one.all_shards()) for one in held),

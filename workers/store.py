@@ -32,7 +32,8 @@ class HeldRequest:
     is released, so that a merge above them can be run again. They are small beside the KV rows.
     `shards` are the KV rows, by the node that they were made for: of a subtree all that was made
     in it, of a merge only those of its own layers. So each can be made again, or forgotten, alone.
-    `dropped` says up to which attempt the work of a node is not wanted any more.
+    `dropped` says up to which attempt the work of a node is not wanted any more, `touched` when a
+    call was last about the request.
     """
 
     spec: worker_pb2.RequestSpec
@@ -42,6 +43,7 @@ class HeldRequest:
     context: CompressedContext | None = None
     jobs: dict[tuple[str, NodeId], Job[Any]] = field(default_factory=dict)
     dropped: dict[NodeId, int] = field(default_factory=dict)
+    touched: float = 0.0
 
     @property
     def plan(self) -> MergePlan:
@@ -164,7 +166,9 @@ class Store:
         self._check_released(request_id)
         if request_id not in self._requests:
             raise UnknownStateError(f"request {request_id!r} is not known here")
-        return self._requests[request_id]
+        held = self._requests[request_id]
+        held.touched = self._clock()
+        return held
 
     def open(
         self, spec: worker_pb2.RequestSpec, make_encoder: Callable[[], TreeEncoder]
@@ -187,7 +191,16 @@ class Store:
                 f"request {spec.request_id!r} is known here with another plan or prompt; "
                 "give every request its own id"
             )
+        held.touched = self._clock()
         return held
+
+    def idle(self, seconds: float) -> list[HeldRequest]:
+        """Requests of which nothing runs, and nothing was heard for so long."""
+        now = self._clock()
+        for held in self._requests.values():
+            if any(job.running for job in held.jobs.values()):
+                held.touched = now
+        return [held for held in self._requests.values() if now - held.touched >= seconds]
 
     def forget(self, held: HeldRequest) -> None:
         """Take a request out in which there is nothing."""

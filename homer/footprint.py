@@ -1,0 +1,64 @@
+"""How much memory nodes, merges and answers of a plan take while they run: estimates from above.
+
+Counted from the plan as `homer.encode` runs it. Knows nothing about tensors, models or machines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from homer.plan import MergePlan, NodeId, PlanNode
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one token: in one layer's cache, between two layers, and inside of a layer."""
+
+    kv_row_bytes: int
+    hidden_row_bytes: int
+    running_row_bytes: int
+
+    def subtree(self, plan: MergePlan, node_id: NodeId) -> int:
+        """The most at once while a subtree runs depth-first: a chunk and O(height) half chunks."""
+        held: list[int] = []
+        peak = 0
+        for node in plan.subtree(node_id):
+            peak = max(peak, sum(held) + self._running(plan, node))
+            if node.children:
+                del held[-len(node.children) :]
+            held.append(self._left(plan, node, node.layer_end))
+            peak = max(peak, sum(held))
+        return peak + self._prefix(plan)
+
+    def merge(self, plan: MergePlan, node_id: NodeId) -> int:
+        """A merge whose children's states come from elsewhere, and what it leaves."""
+        node = plan.by_id[node_id]
+        states = sum(self._left(plan, plan.by_id[child], 0) for child in node.children)
+        own = self._left(plan, node, node.layer_end - node.layer_start)
+        return states + self._running(plan, node) + own + self._prefix(plan)
+
+    def largest_merge(self, plan: MergePlan) -> int:
+        """The most that any merge of the plan takes; 0 where there is none."""
+        return max((self.merge(plan, node.id) for node in plan.merges), default=0)
+
+    def answer(self, plan: MergePlan, max_new_tokens: int) -> int:
+        """The final cache with room for an answer, and the refreshed suffix behind it."""
+        rows = plan.kept_len + max_new_tokens
+        # Attention puts the rows of the layer at hand together once more.
+        running = plan.suffix_len * self.running_row_bytes + 2 * plan.kept_len * self.kv_row_bytes
+        return rows * plan.num_layers * self.kv_row_bytes + running + self._prefix(plan)
+
+    def _running(self, plan: MergePlan, node: PlanNode) -> int:
+        tokens = plan.prefix_len + node.context_in + plan.suffix_len
+        layers = node.layer_end - node.layer_start
+        return tokens * (self.running_row_bytes + (layers + 1) * self.kv_row_bytes)
+
+    def _left(self, plan: MergePlan, node: PlanNode, layers: int) -> int:
+        rows = node.context_out + plan.suffix_len
+        suffix = 0 if plan.refreshes_suffix else plan.suffix_len * node.layer_end
+        return (
+            rows * self.hidden_row_bytes + (node.context_out * layers + suffix) * self.kv_row_bytes
+        )
+
+    def _prefix(self, plan: MergePlan) -> int:
+        return plan.prefix_len * plan.num_layers * self.kv_row_bytes

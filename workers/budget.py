@@ -1,0 +1,87 @@
+"""The memory budget of a worker: work is refused before it takes memory that is not there.
+
+Knows nothing about models or plans.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from homer.errors import ConfigError
+from workers.errors import MemoryBudgetError
+
+# The rest is for allocators' slack, buffers of calls, and other programs.
+DEFAULT_SHARE = 0.8
+_UNITS = {
+    "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+}  # fmt: skip
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes from text like "4GiB", "500MB" or "123456".
+
+    Raises
+    ------
+    ConfigError
+        When it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{text!r} is no amount of memory; write it like 4GiB, 500MB or 123456")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+class Budget:
+    """What all requests of a worker together may take.
+
+    Parameters
+    ----------
+    held : callable
+        Bytes that are held for requests now.
+    total_bytes : int
+        0 is no limit.
+    """
+
+    def __init__(self, held: Callable[[], int], total_bytes: int = 0) -> None:
+        self.total_bytes = total_bytes
+        self.reserved_bytes = 0
+        self._held = held
+
+    @contextmanager
+    def reserve(self, need_bytes: int, what: str, spare_bytes: int = 0) -> Iterator[None]:
+        """Take `need_bytes` for work inside the block, and leave `spare_bytes` free beside it.
+
+        Raises
+        ------
+        MemoryBudgetError
+            When they are not there; the message has the numbers, and what to change.
+        """
+        held = self._held()
+        wanted = held + self.reserved_bytes + need_bytes + spare_bytes
+        if self.total_bytes and wanted > self.total_bytes:
+            alone = need_bytes + spare_bytes > self.total_bytes
+            advice = (
+                "it fits on no worker like this: raise --memory-budget, or lower max_chunk_len, "
+                "target_len or max_tokens"
+                if alone
+                else "try again when other work is done, on another worker, or raise "
+                "--memory-budget"
+            )
+            spare = f" and {_mib(spare_bytes)} left free for merges" if spare_bytes else ""
+            raise MemoryBudgetError(
+                f"{what} needs {_mib(need_bytes)}{spare}, but of a budget of "
+                f"{_mib(self.total_bytes)} {_mib(held)} are held and {_mib(self.reserved_bytes)} "
+                f"reserved; {advice}"
+            )
+        self.reserved_bytes += need_bytes
+        try:
+            yield
+        finally:
+            self.reserved_bytes -= need_bytes
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):.1f} MiB"
