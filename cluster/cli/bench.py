@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cluster.cli import bench_cluster, bench_simulate
+from cluster.cli import bench_cluster, bench_decode, bench_simulate
 from cluster.cli.bench_output import OUT, Out, machine_facts, measuring, print_table, save_results
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ METHODS = "homer,paper,plain,truncation,yarn"
 app = typer.Typer(
     help="Measure speed, memory, transfer, answers and scaling.", no_args_is_help=True
 )
+app.command()(bench_decode.decode)
 app.command()(bench_cluster.scaling)
 app.command()(bench_cluster.overhead)
 app.command()(bench_cluster.wire)
