@@ -5,6 +5,7 @@ Knows nothing about scheduling.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -224,6 +225,12 @@ class GrpcWorkerClient:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except asyncio.CancelledError as error:
+            # gRPC cancels what is under way when a channel is closed; nobody cancelled this task.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise WorkerLostError(f"the client of worker {self.name} was closed") from error
         except grpc.aio.UsageError as error:
             raise WorkerLostError(f"the client of worker {self.name} was closed") from error
         except grpc.aio.AioRpcError as error:

@@ -124,7 +124,8 @@ async def _ask_on(
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 wrong = await ask(scheduler, question, f"{name}-{number}")
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            # Nobody cancels an asker: one that is cancelled has lost its answer too.
             _log.error("%s was lost", asked, exc_info=error)
             outcome.lost.append(f"{asked}: {type(error).__name__}: {error}")
             continue

@@ -89,14 +89,20 @@ def draw_faults(seed: int, count: int, kinds: Collection[Kind]) -> list[Fault]:
     ):
         if kind is Kind.DAMAGE and phase not in _MOVING:
             phase = draw.choice(_MOVING)
+        role = draw.choice(list(Role))
+        if kind is Kind.DAMAGE:
+            # Of what is pulled next.
+            role = Role.HOLDER
         longest = {Phase.DECODE: DECODE_DELAY_SECONDS, Phase.RANDOM: RANDOM_DELAY_SECONDS}
         faults.append(
             Fault(
                 number=number,
                 kind=kind,
                 phase=phase,
-                role=draw.choice(list(Role)),
-                delay_seconds=draw.uniform(0, longest.get(phase, DELAY_SECONDS)),
+                role=role,
+                delay_seconds=0.0
+                if kind is Kind.DAMAGE
+                else draw.uniform(0, longest.get(phase, DELAY_SECONDS)),
                 seconds=draw.uniform(
                     *(SHORT_SECONDS if kind in (Kind.PAUSE, Kind.BLINK) else LONG_SECONDS)
                 )

@@ -20,14 +20,14 @@ from tests.chaos.fleet import Fleet, Seat
 _log = logging.getLogger(__name__)
 
 # What is wrong with bytes or connections is over by itself; so long it may wait for its victim.
-TROUBLE_SECONDS = 4.0
+TROUBLE_SECONDS = 3.0
 # How long a phase is waited for; a recovery may not come of itself.
 PHASE_SECONDS = 20.0
 RECOVERY_SECONDS = 3.0
 SETTLED_SECONDS = 120.0
 # After so many phases that were over before the fault was due, it comes at once.
 MISSES = 8
-TRIES = 5
+TRIES = 12
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Injector:
             fault = self._waiting.popleft()
             self._tries[fault.number] += 1
             if self._tries[fault.number] > TRIES:
-                raise RuntimeError(f"{fault} was not felt in {TRIES} tries")
+                raise RuntimeError(f"{fault} could not be done in {TRIES} tries")
             recovers = fault.phase is Phase.RECOVERY
             if not recovers:
                 await self._settled(fleet, len(fleet.seats) - (fault.kind is not Kind.KILL_TWO))
