@@ -224,11 +224,13 @@ class Runner:
         freed = 0
         for shards, shard in held.shards_below(node_id):
             (smaller,) = copy_shards([shard])
+            # Now: an answer that begins meanwhile takes the shard apart.
+            before = smaller.nbytes
             await self.engine.move(smaller.select_, kept)
             where = next((i for i, other in enumerate(shards) if other is shard), None)
             if where is not None:
                 shards[where] = smaller
-                freed += shard.nbytes - smaller.nbytes
+                freed += before - smaller.nbytes
         return freed
 
 
