@@ -109,7 +109,9 @@ def test_the_simulator_is_within_15_percent_of_real_workers(
 def test_few_bytes_travel(model: Path) -> None:
     (two,) = measure_wire(6000, [2], size=SMALL)
     assert two.states_moved >= 1
-    assert 1 < two.ratio <= 1.05
+    # How many states move depends on how fast each worker happened to be; each travels but once.
+    needed = two.states_moved * two.state_least + two.row_least
+    assert two.least < two.sent <= 1.05 * needed
     assert wire_table([two]).row_count == 1
 
 
