@@ -6,6 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from homer import HomerConfig, HomerModel
+from homer.bench.bench_model import BenchSize
 from homer.bench.decoding import measure_decode
 from homer.context import CompressedContext
 from homer.decode import DecodeCache, decode_step
@@ -73,7 +74,7 @@ def test_several_answers_cost_little_more_than_one() -> None:
     """The aim, three times the tokens per second, is measured on a quiet machine by `homer bench
     decode`; here, whatever else runs, they must not be decoded one after the other.
     """
-    result = measure_decode(answers=8, tokens=12, runs=3)
+    result = measure_decode(answers=8, tokens=12, runs=3, size=BenchSize(layers=6, warmup_layers=2))
     assert result.same_tokens
     assert len(set(result.cache_tokens)) > 1
     assert max(result.ratios) > 1.5
