@@ -12,9 +12,9 @@ The order, for a worker with room:
 Beside that, merges whose own workers may not get work go to any (`adrift`), and workers that have
 nothing to do run a second time what runs far too long elsewhere (`slow_tries`).
 
-A worker's last place is kept for requests that have nothing in hand anywhere, and they get small
-pieces there: so a short request waits for a few leaves at most, however long the documents are
-beside it.
+A worker's last place is kept for requests that have nothing in hand anywhere, but behind those of
+higher priority, and they get small pieces there: so a short request waits for a few leaves at most,
+however long the documents are beside it.
 """
 
 from __future__ import annotations
@@ -111,10 +111,11 @@ def choose(
     last_place = options.requests_per_worker > 1 and (
         member.room(options.requests_per_worker) == 1 and member.load > 0
     )
+    waiting = max((a.job.priority for a in with_pieces if not a.run.tries), default=None)
     for active in sorted(with_pieces, key=lambda active: share(active, now, options)):
         pace = JobPace(active, members, now)
         if last_place:
-            if active.run.tries:
+            if active.run.tries and (waiting is None or active.job.priority <= waiting):
                 continue
             leaf = active.run.index.spans[active.job.plan.nodes[0].id].work
             pace.limit = SMALL_PIECE_LEAVES * leaf

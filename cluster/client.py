@@ -95,6 +95,7 @@ class HomerClient:
         sampling: Mapping[str, Any] | None = None,
         compression: Mapping[str, Any] | None = None,
         return_kept_indices: bool = False,
+        priority: int = 0,
         timeout_seconds: float | None = None,
     ) -> Generator[Event]:
         """Ask `question` about `context`; yields events as they come, the summary last.
@@ -111,6 +112,8 @@ class HomerClient:
             Fields of `homer.HomerConfig` that override the service's settings.
         return_kept_indices : bool
             Ask for the context indices that survived, in the summary.
+        priority : int
+            From -8 to 8: higher ones start first and get a larger share of the workers.
         timeout_seconds : float, optional
             After this long, all attempts together, the request is cancelled everywhere.
 
@@ -128,6 +131,7 @@ class HomerClient:
             sampling=sampling_pb2.SamplingParams(**(sampling or {})),
             compression=compression_to_wire(compression or {}),
             return_kept_indices=return_kept_indices,
+            priority=priority,
         )
         if isinstance(context, str) and isinstance(question, str) and isinstance(prefix, str):
             request.text.CopyFrom(pb.TextPrompt(prefix=prefix, context=context, suffix=question))

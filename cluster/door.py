@@ -204,6 +204,7 @@ def request_from_wire(request: pb.GenerateRequest) -> Request:
         request_id=request.request_id,
         sampling=sampling_from_wire(request.sampling),
         compression=compression_from_wire(request.compression),
+        priority=request.priority,
     )
 
 

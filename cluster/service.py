@@ -7,10 +7,11 @@ into text. Knows nothing about gRPC, HTTP or Ray.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from cluster.job import (
@@ -31,6 +32,8 @@ from homer.plan import MergePlan
 from workers.logs import log_about
 
 MAX_REQUEST_ID_LENGTH = 128
+MAX_PRIORITY = 8
+SEED_BITS = 32
 REPORT_SECONDS_PER_WORKER = 0.002
 
 
@@ -60,6 +63,7 @@ class Request:
     request_id: str = ""
     sampling: Sampling = field(default_factory=Sampling)
     compression: Mapping[str, Any] = field(default_factory=dict)
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,15 @@ class LongContextService:
                 f"the request id has {len(request.request_id)} characters; use at most "
                 f"{MAX_REQUEST_ID_LENGTH}, or leave it out"
             )
+        if abs(request.priority) > MAX_PRIORITY:
+            raise PromptError(
+                f"the priority is {request.priority}; use one from -{MAX_PRIORITY} to "
+                f"{MAX_PRIORITY}"
+            )
+        sampling = request.sampling
+        if sampling.temperature > 0 and sampling.seed is None:
+            # Where a worker is lost another draws the same tokens again.
+            sampling = replace(sampling, seed=secrets.randbits(SEED_BITS))
         config = self.config.replace(**request.compression)
         plan = MergePlan.build(
             len(prompt.prefix),
@@ -206,7 +219,8 @@ class LongContextService:
             job_id,
             plan,
             *prompt,
-            sampling=request.sampling,
+            sampling=sampling,
+            priority=request.priority,
             spans=self.seeing.spans(job_id, plan),
             # All workers together report no more than a few hundred times a second.
             report_seconds=REPORT_SECONDS_PER_WORKER * len(self.scheduler.workers),

@@ -6,12 +6,18 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
+import grpc
 import pytest
 
-from cluster.errors import CapacityError, NoWorkersError, OverloadedError
-from cluster.job import Job, JobEvent, WorkerInfo
+from cluster.door import retry_metadata, wire_code
+from cluster.errors import CapacityError, NoWorkersError, OverloadedError, WorkerLostError
+from cluster.job import Job, JobEvent, Sampling, WorkerInfo
 from cluster.scheduler import Scheduler
 from cluster.scheduler_options import SchedulerOptions
+from cluster.service import Accepted, Limits, LongContextService, Request
+from cluster.text import PromptIds
+from homer import HomerConfig
+from homer.errors import PromptError
 from tests.cluster.fakes import FakeWorker, make_job, make_pool
 from tests.cluster.test_scheduler import (
     assert_nothing_left,
@@ -67,6 +73,17 @@ def test_equal_requests_end_together() -> None:
         jobs = [make_job(11 * 64, request_id=f"r{number}") for number in range(3)]
         seconds = await asyncio.gather(*(timed(scheduler, job) for job in jobs))
         assert max(seconds) < 1.2 * min(seconds)
+
+    run_virtual(work())
+
+
+def test_a_higher_priority_gets_a_larger_share() -> None:
+    async def work() -> None:
+        scheduler = Scheduler(make_pool(4), options=SchedulerOptions(aging_seconds=1e9))
+        jobs = [make_job(11 * 64, request_id=f"r{n}", priority=3 * (n == 11)) for n in range(12)]
+        seconds = await asyncio.gather(*(timed(scheduler, job) for job in jobs))
+        assert seconds[11] == min(seconds)
+        assert seconds[11] < 0.7 * max(seconds)
 
     run_virtual(work())
 
@@ -141,6 +158,26 @@ def test_the_queue_is_bounded_in_tokens_too() -> None:
         with pytest.raises(OverloadedError):
             await collect(scheduler, make_job(300, request_id="r2"))
         await asyncio.gather(*running)
+
+    run_virtual(work())
+
+
+def test_requests_wait_until_their_memory_fits_beside_the_others() -> None:
+    async def work() -> None:
+        pool = make_pool(2)
+        # Enough for two of them.
+        with_memory(pool, 800)
+        scheduler = Scheduler(pool)
+        await asyncio.sleep(1)
+        jobs = [make_job(200, request_id=f"r{number}") for number in range(5)]
+        running = asyncio.gather(*(collect(scheduler, job) for job in jobs))
+        most = 0
+        while not running.done():
+            await asyncio.sleep(0.5)
+            most = max(most, sum(1 for job in jobs if any(job.request_id in w.held for w in pool)))
+        assert 1 <= most <= 3
+        for job, events in zip(jobs, await running, strict=True):
+            assert_right(job, events)
 
     run_virtual(work())
 
@@ -227,3 +264,40 @@ def test_a_worker_that_drains_gets_nothing_new_and_leaves_when_empty() -> None:
         await assert_nothing_left(scheduler, pool)
 
     run_virtual(work())
+
+
+def test_a_request_of_the_service_gets_a_priority_and_a_seed() -> None:
+    info = run_virtual(make_pool(1)[0].info())
+    config = HomerConfig(max_chunk_len=64, target_len=64, warmup_layers=1)
+
+    async def job_of(request: Request) -> Job:
+        service = LongContextService(Scheduler(), info, config, None, Limits())
+        accepted = await anext(service.generate(request))
+        assert isinstance(accepted, Accepted)
+        return accepted.job
+
+    prompt = PromptIds([1], list(range(100)), [2, 3])
+    sampled = Request(prompt=prompt, priority=3, sampling=Sampling(temperature=0.7))
+    first, second = asyncio.run(job_of(sampled)), asyncio.run(job_of(sampled))
+    assert first.priority == 3
+    # One that stays with the request, so that a replay draws the same tokens.
+    assert first.sampling.seed is not None
+    assert first.sampling.seed != second.sampling.seed
+    assert asyncio.run(job_of(Request(prompt=prompt))).sampling.seed is None
+    with pytest.raises(PromptError, match="priority"):
+        asyncio.run(job_of(Request(prompt=prompt, priority=99)))
+
+
+def test_a_refusal_says_when_to_come_back() -> None:
+    overloaded = OverloadedError("full", 12.5)
+    assert wire_code(overloaded) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert retry_metadata(overloaded) == (
+        ("retry-after", "12.5"),
+        ("grpc-retry-pushback-ms", "12500"),
+    )
+    for lost in (NoWorkersError("none", 60.0), WorkerLostError("gone")):
+        assert wire_code(lost) is grpc.StatusCode.UNAVAILABLE
+        assert dict(retry_metadata(lost))["retry-after"]
+    # Trying again would not help.
+    assert retry_metadata(CapacityError("too large")) == ()
+    assert wire_code(CapacityError("too large")) is grpc.StatusCode.FAILED_PRECONDITION
