@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import Annotated, Any
 
 import typer
 
 from cluster.cli import settings
+
+TABLE_COLUMNS = 160
 
 
 def status(
@@ -26,7 +29,8 @@ def status(
     from cluster.cli.status_view import status_view
     from cluster.client import HomerClient
 
-    console = Console()
+    # Where nobody's window says how wide it is, every worker keeps its line.
+    console = Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS)
     with HomerClient(server) as client:
         if not watch:
             info = client.server_info()

@@ -498,3 +498,44 @@ def test_status_goes_on_with_watch(seen: Seen) -> None:
     assert all(len(look["workers"]) == 2 for look in looks)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
+
+
+def test_a_lost_worker_is_seen_everywhere(tmp_path: Path, run: Run[Any]) -> None:
+    with running_collector() as collector, service_with(tmp_path, collector, run) as seen:
+        events = seen.client.generate(context=CONTEXT * 10, question=QUESTION, request_id="goes-on")
+        kept = list(events_until_half(events))
+        seen.workers[0].process.kill()
+        kept += events
+        assert isinstance(kept[-1], pb.Summary)
+        run(seen.seeing.watch.look())
+        now = seen.scrape()
+        assert now.total("homer_workers_lost_total") == 1
+        assert now.total("homer_retries_total", cause="lost") >= 1
+        assert now.total("homer_workers") == now.total("homer_workers", state="idle") == 1
+        assert now.labels("homer_worker_memory_bytes", "worker") == {"worker-1"}
+        trace = seen.client.trace("goes-on")
+        nodes = [
+            one
+            for one in trace.slices
+            if one.kind in (pb.TraceSlice.KIND_LEAF, pb.TraceSlice.KIND_MERGE)
+        ]
+        valid = [(one.node.height, one.node.index) for one in nodes if not one.lost]
+        assert len(valid) == len(set(valid)) == trace.leaves + trace.merges
+        assert {one.worker for one in nodes if one.lost} == {"worker-0"}
+        lines = [line for line in seen.log if line["message"].startswith("run again")]
+        assert lines
+        assert {line["request_id"] for line in lines} == {trace.request_id}
+        assert all(line["node"] for line in lines)
+        lost = [line for line in seen.log if line["message"].startswith("lost: ")]
+        assert [line["worker"] for line in lost] == ["worker-0"]
+
+
+def events_until_half(events: Iterator[Any]) -> Iterator[Any]:
+    """Events until half of the leaves are done, some of them by the first worker."""
+    workers = set()
+    for event in events:
+        yield event
+        if isinstance(event, pb.Progress):
+            workers.add(event.worker)
+            if "worker-0" in workers and event.leaves_done >= event.leaves_total // 2:
+                return
