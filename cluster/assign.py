@@ -101,7 +101,12 @@ def choose(
     now: float,
 ) -> Iterable[Choice]:
     """What `member` could do, the best first. A piece may turn out not to be there."""
-    fit = [active for active in actives if may_run(active, member, now)]
+    fit = [
+        active
+        for active in actives
+        if may_run(active, member, now)
+        and (active.run.has_pieces or active.run.ready_at(member.name))
+    ]
     by_urgency = sorted(fit, key=lambda active: -urgency(active, now, options))
     for active in by_urgency:
         for unit in active.run.ready_at(member.name):

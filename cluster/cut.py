@@ -10,7 +10,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple, Protocol
 
 from homer.plan import MergePlan, NodeId
@@ -20,6 +20,8 @@ ALONE_PIECE_LEAVES = 8
 # A worker takes the last leaf from another's stretch only where that one would have it done so many
 # times later: else it saves little, and one state more travels.
 WORTH_TAKING = 1.5
+# So many stretches are looked at in vain before a worker is left idle for now.
+LOOKS = 32
 
 
 def cut_plan(plan: MergePlan, workers: int, pieces_per_worker: int) -> tuple[NodeId, ...]:
@@ -191,8 +193,8 @@ class PieceQueue:
             if begun := self._begin(gap, worker, pace):
                 return begun
             break
-        # The longest stretch is one leaf that is better left alone, so there are few.
-        for gap in list(self._starts.values()):
+        # The longest stretch is one leaf that is better left alone, as most of the others are.
+        for gap in list(islice(self._starts.values(), LOOKS)):
             if begun := self._begin(gap, worker, pace):
                 return begun
         return None

@@ -13,6 +13,10 @@ from cluster.members import Member
 from cluster.node_calls import NodeCalls
 from cluster.run import Unit
 
+# How many idle workers are asked again, when a request gets on, about pieces that they left to
+# others before. Now and then all are (`use_idle`).
+ASKED_AGAIN = 8
+
 
 class Dispatcher:
     """Keeps every worker busy for as long as there is anything that it may do."""
@@ -32,8 +36,20 @@ class Dispatcher:
             return
         for unit in run.take_fresh():
             self._offer_merge(active, unit)
-        for member in self._core.members.by_load():
-            if not run.has_pieces or len(run.tries) >= len(self._core.members):
+        if run.has_pieces:
+            self._offer_pieces(active)
+
+    def _offer_pieces(self, active: Active) -> None:
+        """Offer pieces: to all where some have become free, else to few.
+
+        Whoever has room was offered the others when it got it. One that then left them would mostly
+        do so again, so that asking all of a large pool at each event would cost far more than the
+        event.
+        """
+        run, members = active.run, self._core.members
+        anew = run.take_freed() or not run.tries
+        for member in members.by_load() if anew else members.idle(ASKED_AGAIN):
+            if not run.has_pieces or len(run.tries) >= len(members):
                 break
             if may_run(active, member, self._core.now()):
                 self.fill(member)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextvars import Context
 
 from cluster.errors import WorkerLostError
 from cluster.members import Member
@@ -32,7 +33,8 @@ class Heartbeat:
         Needs the running event loop.
         """
         if member.name not in self._watches:
-            task = asyncio.get_running_loop().create_task(self._watch(member, on_info))
+            loop, watch = asyncio.get_running_loop(), self._watch(member, on_info)
+            task = loop.create_task(watch, context=Context())
             self._watches[member.name] = task
 
     def forget(self, member: Member) -> None:
@@ -55,7 +57,8 @@ class Heartbeat:
             return True
         task = self._suspicions.get(member.name)
         if task is None:
-            task = asyncio.create_task(self._suspect(member, reason))
+            # Calls of several requests may wait for it, so it is about none of them.
+            task = asyncio.create_task(self._suspect(member, reason), context=Context())
             self._suspicions[member.name] = task
             task.add_done_callback(lambda _: self._suspicions.pop(member.name, None))
         return await asyncio.shield(task)

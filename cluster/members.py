@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from itertools import islice
 
 from cluster.job import WorkerClient, WorkerInfo, WorkerStats
 
@@ -137,6 +138,10 @@ class Members:
         """Those that may get work, the least busy first; may be changed on the way."""
         for load in sorted(self._by_load):
             yield from list(self._by_load[load].values())
+
+    def idle(self, most: int) -> list[Member]:
+        """Some of those that do nothing."""
+        return list(islice(self._by_load.get(0, {}).values(), most))
 
     def speed(self, name: str) -> float:
         """Work per second of a worker; the mean of the others where it is not known yet."""

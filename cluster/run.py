@@ -99,6 +99,8 @@ class JobRun:
         self._queue = PieceQueue(self.index, pieces, self._split)
         # Pieces that some workers should not get again, beside the queue.
         self._again: list[Unit] = []
+        # Whether pieces have become free since that was last asked for.
+        self._freed = True
         # Merges whose children are done, each with the workers under which it is listed.
         self._ready: dict[NodeId, tuple[str, ...]] = {}
         self._ready_at: defaultdict[str, set[NodeId]] = defaultdict(set)
@@ -146,6 +148,11 @@ class JobRun:
             return []
         fresh, self._fresh = self._fresh, []
         return [unit for unit in fresh if unit.node.id in self._ready]
+
+    def take_freed(self) -> bool:
+        """Whether pieces have become free since the last time; at first all have."""
+        freed, self._freed = self._freed, False
+        return freed
 
     def ready_at(self, worker: str) -> list[Unit]:
         """Ready merges of which `worker` has a child, the first in the tree first."""
@@ -304,7 +311,9 @@ class JobRun:
     def _free(self, unit: Unit) -> None:
         if not unit.piece:
             self._update_ready(unit)
-        elif unit.avoid:
+            return
+        self._freed = True
+        if unit.avoid:
             self._again.append(unit)
         else:
             self._queue.put_back(unit.node.id)

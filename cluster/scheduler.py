@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextvars import Context
 
 from cluster.active import Active
 from cluster.admission import Admission
@@ -237,7 +238,8 @@ class Scheduler:
         self._admission.check_bounds(active, self._actives.values(), now)
         if self._ticker is None or self._ticker.done():
             self._core.last_progress = now
-            self._ticker = asyncio.create_task(self._tick())
+            # It outlives this request, and is about all: nothing of what it logs is this one's.
+            self._ticker = asyncio.create_task(self._tick(), context=Context())
 
     def _admit(self) -> None:
         for active in self._admission.admit(self._core.now()):

@@ -65,8 +65,19 @@ def make_job(
     return Job(f"bench-{uuid.uuid4().hex}", plan, prefix, context, suffix, sampling)
 
 
-async def time_job(scheduler: Scheduler, job: Job, pids: Sequence[int] = ()) -> JobTimes:
-    """Run `job` to its end and note when what came; `pids` are the workers' processes."""
+async def time_job(clients: Sequence[WorkerClient], job: Job, pids: Sequence[int] = ()) -> JobTimes:
+    """Run `job` to its end on `clients` alone, and note when what came.
+
+    `pids` are the workers' processes.
+    """
+    scheduler = Scheduler(clients)
+    try:
+        return await _time_job(scheduler, job, pids)
+    finally:
+        await scheduler.close()
+
+
+async def _time_job(scheduler: Scheduler, job: Job, pids: Sequence[int]) -> JobTimes:
     seconds: dict[NodeId, float] = {}
     homes: dict[NodeId, str] = {}
     cache: CacheReady | None = None
@@ -219,8 +230,8 @@ async def _measure(
             for turn in range(runs):
                 for count in counts:
                     job = make_job(tokens, size, seed=turn)
-                    scheduler, pids = Scheduler(clients[:count]), [w.pid for w in started[:count]]
-                    times[count].append(await time_job(scheduler, job, pids))
+                    pids = [worker.pid for worker in started[:count]]
+                    times[count].append(await time_job(clients[:count], job, pids))
                     if on_run is not None:
                         on_run(tokens, times[count][-1])
             for count in counts:
@@ -232,5 +243,5 @@ async def _measure(
 async def _warm_up(clients: Sequence[WorkerClient], size: BenchSize) -> None:
     """Every worker runs leaves, merges and an answer once."""
     for client in clients:
-        await time_job(Scheduler([client]), make_job(6 * size.chunk, size, new_tokens=4))
-    await time_job(Scheduler(clients), make_job(8 * size.chunk, size, new_tokens=4))
+        await time_job([client], make_job(6 * size.chunk, size, new_tokens=4))
+    await time_job(clients, make_job(8 * size.chunk, size, new_tokens=4))

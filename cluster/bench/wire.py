@@ -79,7 +79,8 @@ async def _one_request(
     kept: Sequence[int] = ()
     states_moved = 0
     before = await _sent(clients)
-    async with aclosing(cast(Any, Scheduler(clients).run(job))) as events:
+    scheduler = Scheduler(clients)
+    async with aclosing(cast(Any, scheduler.run(job))) as events:
         async for event in events:
             match event:
                 case JobProgress(done):
@@ -89,6 +90,7 @@ async def _one_request(
                         states_moved += sum(homes[child] != event.worker for child in children)
                 case CacheReady():
                     kept = event.context_indices
+    await scheduler.close()
     sent = await _sent(clients) - before
     used = len(set(homes.values()))
     return WireResult(

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from cluster.bench.local_workers import LocalWorker, connected, local_workers
 from cluster.bench.scaling import make_job, time_job
-from cluster.scheduler import Scheduler
 from homer.bench.bench_model import PREFIX_TOKENS, SUFFIX_TOKENS, BenchSize, save_bench_model
 from homer.errors import ConfigError, HomerError
 
@@ -97,13 +96,13 @@ async def _one_length(started: Sequence[LocalWorker], tokens: int, size: BenchSi
         # over which the measured run could use again without being seen.
         affixes = PREFIX_TOKENS + SUFFIX_TOKENS
         for client in clients:
-            await time_job(Scheduler([client]), make_job(affixes + 16, size, chunk=affixes + 8))
+            await time_job([client], make_job(affixes + 16, size, chunk=affixes + 8))
         loaded = tuple(status_bytes(worker.pid, "VmRSS") for worker in started)
         for worker in started:
             # 5 sets the peak back to what is resident now.
             Path(f"/proc/{worker.pid}/clear_refs").write_text("5", encoding="ascii")
         job = make_job(tokens, size)
-        await time_job(Scheduler(clients), job)
+        await time_job(clients, job)
         peak = tuple(status_bytes(worker.pid, "VmHWM") for worker in started)
     return WorkerMemory(tokens, len(job.plan.leaves), job.plan.height + 1, loaded, peak)
 

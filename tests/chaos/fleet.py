@@ -189,6 +189,7 @@ class Fleet:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for seat in self.serving:
             self._scheduler.lose_worker(seat.name, "the run is over")
+        await self._scheduler.close()
         await asyncio.gather(*(seat.stop() for seat in self.seats))
 
     def check(self) -> None:

@@ -4,7 +4,7 @@ process gives, and leaves nothing behind."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import WorkerCallError, WorkerLostError
-from cluster.job import Job, JobEvent, JobProgress, JobSummary, TokenOut
+from cluster.job import Job, JobEvent, JobProgress, JobSummary, TokenOut, WorkerStats
 from cluster.scheduler import Scheduler
 from cluster.scheduler_options import SchedulerOptions
 from homer.errors import PromptError
@@ -25,6 +25,7 @@ from tests.cluster.fakes import (
     make_pool,
 )
 from tests.cluster.virtual_time import run_virtual
+from workers.logs import log_fields, logging_about
 
 
 def events_of(scheduler: Scheduler, job: Job) -> aclosing[Any]:
@@ -237,5 +238,26 @@ def test_two_running_jobs_cannot_share_a_request_id() -> None:
                 await collect(scheduler, make_job(100))
             # The first one is not disturbed.
             assert isinstance([event async for event in events][-1], JobSummary)
+
+    run_virtual(work())
+
+
+def test_pings_that_a_request_gives_cause_to_are_not_logged_as_its_own() -> None:
+    async def work() -> None:
+        pool = make_pool(1)
+        about: list[Mapping[str, str]] = []
+        stats = pool[0].stats
+
+        async def noted() -> WorkerStats:
+            about.append(log_fields())
+            return await stats()
+
+        pool[0].stats = noted  # type: ignore[method-assign]
+        pool[0].fail["subtree"] = [WorkerLostError("the connection broke")]
+        with logging_about(request_id="r"):
+            scheduler = Scheduler(pool, options=SchedulerOptions(heartbeat_seconds=0))
+            await collect(scheduler, make_job(100))
+        await scheduler.close()
+        assert about == [{}]
 
     run_virtual(work())

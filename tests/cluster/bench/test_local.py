@@ -14,7 +14,6 @@ from cluster.bench.show import scaling_table, wire_table, worker_memory_table
 from cluster.bench.wire import measure_wire
 from cluster.bench.worker_memory import LogFit, WorkerMemory, measure_worker_memory
 from cluster.errors import PlacementError
-from cluster.scheduler import Scheduler
 from cluster.sim.costs import CostPoint, Costs
 from cluster.sim.network import NetworkOptions
 from cluster.sim.simulate import Scenario, simulate
@@ -95,11 +94,7 @@ def test_the_simulator_is_within_15_percent_of_real_workers(
 
     async def run(turn: int) -> JobTimes:
         async with connected(workers[:count]) as clients:
-            scheduler = Scheduler(clients)
-            try:
-                return await time_job(scheduler, make_job(tokens, SMALL, seed=turn))
-            finally:
-                await scheduler.close()
+            return await time_job(clients, make_job(tokens, SMALL, seed=turn))
 
     asyncio.run(run(0))
     ratios: list[float] = []
