@@ -1,51 +1,32 @@
-"""`homer.v1.Worker`: checks calls, finds or starts their jobs, and answers with what the jobs say.
+"""`homer.v1.Worker`: checks calls, and answers with what their jobs say.
 
-Knows nothing about how nodes are run or tensors are moved.
+Knows nothing about how jobs are found, nodes are run or tensors are moved.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import time
 import uuid
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Hashable,
-    Iterable,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any
 
 import grpc
 import torch
-import transformers
 
-import homer
-from homer.encode import TreeEncoder
-from homer.errors import HomerError, PromptError, StateError
-from homer.plan import NodeId, PlanNode
+from homer.errors import HomerError, PromptError
+from homer.plan import PlanNode
 from homer.v1 import tensor_pb2, worker_pb2
 from workers.answers import Answering
 from workers.batcher import Batcher
 from workers.budget import DEFAULT_SHARE, Budget, parse_bytes
 from workers.bundle import bundled
 from workers.engine import Engine, LoadedModel
-from workers.errors import (
-    NotReadyError,
-    StaleCallError,
-    UnknownStateError,
-    error_metadata,
-    status_code,
-)
-from workers.jobs import Job
-from workers.memory import accelerator_bytes, free_bytes, resident_bytes
+from workers.errors import NotReadyError, UnknownStateError, error_metadata, status_code
+from workers.intake import find_node, follow_job, open_node
+from workers.memory import free_bytes
 from workers.metrics import WorkerMetrics
 from workers.options import WorkerOptions
 from workers.peer import PeerPool, choose_outlet, send_tensors
@@ -53,15 +34,15 @@ from workers.plan_wire import read_node
 from workers.runs import Counters, Runner, check_children
 from workers.staging import Staging
 from workers.store import HeldRequest, Store
+from workers.telling import worker_info, worker_stats
 from workers.tensor_stream import Spec
 from workers.tracing import Tracing
-from workers.wire import gather_tensors, read_plan, read_sampling, state_tensors
+from workers.wire import gather_tensors, read_sampling, state_tensors
 from workers.wire_format import WireFormat
 
 _log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext
-Emit = Callable[[Any], None]
 
 
 class WorkerServicer:
@@ -180,7 +161,8 @@ class WorkerServicer:
             given = torch.tensor(request.context_ids, dtype=torch.int64)
             ids = self._stack.check_ids("context_ids", given)
             work = partial(self._worker.run_subtree, held, node.id, ids)
-            async with aclosing(self._follow(held, "node", node.id, request.attempt, work)) as job:
+            following = follow_job(self._store, held, "node", node.id, request.attempt, work)
+            async with aclosing(following) as job:
                 async for event in bundled(job, request.node, request.report_seconds):
                     yield event
 
@@ -192,7 +174,8 @@ class WorkerServicer:
             check_children(node, [read_node(child.node) for child in request.children])
             addresses = [child.address for child in request.children]
             work = partial(self._worker.merge, held, node.id, addresses)
-            async with aclosing(self._follow(held, "node", node.id, request.attempt, work)) as job:
+            following = follow_job(self._store, held, "node", node.id, request.attempt, work)
+            async with aclosing(following) as job:
                 return [event async for event in job][-1]
         raise AssertionError("unreachable: a call that fails is aborted")
 
@@ -216,9 +199,10 @@ class WorkerServicer:
                     "delivered already"
                 )
             work = partial(self._answering.generate, held, addresses, params, resume)
-            async with aclosing(
-                self._follow(held, "answer", node.id, request.attempt, work, resume)
-            ) as job:
+            following = follow_job(
+                self._store, held, "answer", node.id, request.attempt, work, resume
+            )
+            async with aclosing(following) as job:
                 async for event in job:
                     yield event
 
@@ -252,7 +236,7 @@ class WorkerServicer:
     ) -> worker_pb2.PruneResponse:
         async with self._call(context):
             held = self._store.get(request.request_id)
-            node = self._node(held, request.node)
+            node = find_node(held, request.node)
             if (request.context_start, request.context_end) != (
                 node.context_start,
                 node.context_end,
@@ -274,7 +258,7 @@ class WorkerServicer:
                 held = self._store.get(request.request_id)
             except UnknownStateError:
                 return worker_pb2.DropResponse()
-            node = self._node(held, request.node).id
+            node = find_node(held, request.node).id
             job = held.jobs.get(("node", node))
             if job is not None and job.attempt > request.attempt:
                 return worker_pb2.DropResponse()
@@ -303,29 +287,8 @@ class WorkerServicer:
         self, request: worker_pb2.GetWorkerInfoRequest, context: Context
     ) -> worker_pb2.GetWorkerInfoResponse:
         async with self._call(context):
-            model, stack = self._worker.model, self._stack
-            config = stack.config
-            return worker_pb2.GetWorkerInfoResponse(
-                model=model.path,
-                model_type=config.model_type,
-                num_layers=stack.num_layers,
-                hidden_size=stack.hidden_size,
-                num_kv_heads=stack.cache_row.key[0],
-                head_dim=stack.cache_row.key[1],
-                vocab_size=stack.vocab_size,
-                max_position_embeddings=config.max_position_embeddings,
-                dtype=str(stack.dtype).removeprefix("torch."),
-                device=str(stack.device),
-                calibrated=model.bias is not None,
-                max_distance=model.max_distance,
-                homer_version=homer.__version__,
-                torch_version=torch.__version__,
-                transformers_version=transformers.__version__,
-                process_id=os.getpid(),
-                worker_id=self._worker_id,
-                memory_budget_bytes=self._budget.total_bytes,
-                kv_bytes_per_token=stack.num_layers * stack.kv_bytes_per_row,
-                metrics_port=self._metrics_port,
+            return worker_info(
+                self._worker.model, self._worker_id, self._budget, self._metrics_port
             )
         raise AssertionError("unreachable: a call that fails is aborted")
 
@@ -336,31 +299,7 @@ class WorkerServicer:
 
     def stats(self) -> worker_pb2.GetWorkerStatsResponse:
         """What this worker holds and has counted."""
-        held = self._store.requests
-        return worker_pb2.GetWorkerStatsResponse(
-            memory_budget_bytes=self._budget.total_bytes,
-            reserved_bytes=self._budget.reserved_bytes,
-            requests=len(held),
-            node_states=sum(len(one.states) for one in held),
-            kv_shards=sum(len(one.all_shards()) for one in held),
-            state_bytes=sum(one.state_bytes for one in held),
-            kv_shard_bytes=sum(one.kv_shard_bytes for one in held),
-            running_calls=self._running_calls,
-            sent_bytes=self._counters.sent_bytes,
-            received_bytes=self._counters.received_bytes,
-            leaves_done=self._counters.leaves_done,
-            merges_done=self._counters.merges_done,
-            generated_tokens=self._counters.generated_tokens,
-            resident_bytes=resident_bytes(),
-            accelerator_bytes=accelerator_bytes(),
-            unix_seconds=time.time(),
-            transfers=[
-                worker_pb2.TransferStats(
-                    peer=peer, transport=transport, received_bytes=received, seconds=seconds
-                )
-                for (peer, transport), (received, seconds) in self._counters.transfers.items()
-            ],
-        )
+        return worker_stats(self._store.requests, self._budget, self._counters, self._running_calls)
 
     @property
     def _worker(self) -> Runner:
@@ -381,79 +320,7 @@ class WorkerServicer:
     def _open(
         self, spec: worker_pb2.RequestSpec, node: worker_pb2.NodeId
     ) -> tuple[HeldRequest, PlanNode]:
-        model = self._worker.model
-
-        def make_encoder() -> TreeEncoder:
-            if not spec.request_id:
-                raise PromptError("the request id is empty; give every request its own id")
-            plan = read_plan(spec.plan, model.stack)
-            for name, ids, length in (
-                ("prefix_ids", spec.prefix_ids, plan.prefix_len),
-                ("suffix_ids", spec.suffix_ids, plan.suffix_len),
-            ):
-                if len(ids) != length:
-                    raise PromptError(
-                        f"{name} has {len(ids)} tokens, but the plan was made for {length}"
-                    )
-            prefix_ids, suffix_ids = (
-                torch.tensor(ids, dtype=torch.int64) for ids in (spec.prefix_ids, spec.suffix_ids)
-            )
-            return TreeEncoder(model.stack, plan, prefix_ids, suffix_ids, model.bias)
-
-        held = self._store.open(spec, make_encoder)
-        return held, self._node(held, node)
-
-    @staticmethod
-    def _node(held: HeldRequest, node: worker_pb2.NodeId) -> PlanNode:
-        node_id = read_node(node)
-        if node_id not in held.plan.by_id:
-            raise PromptError(
-                f"the plan has no node {tuple(node_id)}; its root is {tuple(held.plan.root.id)}"
-            )
-        return held.plan.by_id[node_id]
-
-    async def _follow(
-        self,
-        held: HeldRequest,
-        kind: str,
-        node: NodeId,
-        attempt: int,
-        work: Callable[[Emit], Awaitable[None]],
-        variant: Hashable = None,
-    ) -> AsyncGenerator[Any, None]:
-        """The events of the job for this call: one that is there already, or a new one.
-
-        A newer attempt takes over what is done, and starts what is running anew: it may know of
-        other peers.
-        """
-        if kind == "node" and attempt <= held.dropped.get(node, -1):
-            raise StaleCallError(f"attempt {attempt} for node {tuple(node)} was dropped here")
-        job = held.jobs.get((kind, node))
-        if job is not None and attempt < job.attempt:
-            raise StaleCallError(
-                f"attempt {attempt} for node {tuple(node)} is older than attempt {job.attempt}"
-            )
-        if job is not None and attempt == job.attempt and variant != job.variant:
-            raise StateError(
-                f"attempt {attempt} for node {tuple(node)} is known here with other arguments; "
-                "give a newer attempt"
-            )
-        held_still = kind != "node" or node in held.states
-        if job is not None and attempt > job.attempt:
-            if job.done and held_still and variant == job.variant:
-                job.attempt = attempt
-            else:
-                job.stop(f"attempt {attempt} for node {tuple(node)} has begun")
-        if job is None or not (job.running or job.done):
-            job = held.jobs[kind, node] = Job(attempt, variant, work)
-        try:
-            async with aclosing(job.follow()) as events:
-                async for event in events:
-                    yield event
-        finally:
-            # A call that reached a worker late, and whose caller is gone, leaves no trace.
-            if held.is_empty:
-                self._store.forget(held)
+        return open_node(self._store, self._worker.model, spec, node)
 
     @asynccontextmanager
     async def _call(self, context: Context, is_work: bool = False) -> AsyncIterator[None]:
