@@ -12,7 +12,8 @@ from cluster.placement import PLACEMENTS, Place, Placement, WorkerSpec
 from cluster.service import Limits
 from homer.config import PlanKind
 from homer.errors import ConfigError
-from workers.options import WIRE_DTYPES
+from workers.budget import parse_bytes
+from workers.options import WIRE_DTYPES, WorkerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,9 @@ class ServeOptions:
         float8. Narrower costs accuracy.
     bias : str, optional
         A calibration bias file; by default the one beside the model, where there is one.
+    memory_budget : str
+        What requests may take of each worker's memory, like "4GiB"; "auto" is four fifths of what
+        is free of its share, "0" is no limit.
     worker_host : str, optional
         Where workers listen and reach each other: an address, a network ("10.1.0.0/16") or an
         interface ("eth1"). By default the address of their node from which it reaches the
@@ -111,6 +115,7 @@ class ServeOptions:
     dtype: str = "auto"
     wire_dtype: str = "auto"
     bias: str | None = None
+    memory_budget: str = "auto"
     worker_host: str | None = None
     host: str = "127.0.0.1"
     port: int = 50051
@@ -136,6 +141,8 @@ class ServeOptions:
             raise ConfigError(f"port is {self.port}; use 0 (any free one) to 65535")
         if self.wire_dtype not in WIRE_DTYPES:
             raise ConfigError(f"wire_dtype is {self.wire_dtype!r}; use {', '.join(WIRE_DTYPES)}")
+        if self.memory_budget != "auto":
+            parse_bytes(self.memory_budget)
         self._check_devices()
         self._check_placement()
 
@@ -218,3 +225,36 @@ class ServeOptions:
     def spec(self, number: int) -> WorkerSpec:
         """What worker `number` is; those that join later are like `workers`."""
         return self.initial[number] if number < len(self.initial) else self.main_spec
+
+    def memory_share(self, spec: WorkerSpec, node_cpus: float) -> float:
+        """The part of its memory that a worker may count on, whoever else comes beside it.
+
+        On a GPU it is the worker's part of that GPU. On the CPU as many share a node's memory as
+        there may be of them and the node's processors, `node_cpus`, have room for.
+        """
+        if spec.gpus:
+            return spec.gpus
+        if self.placement == "strict-spread":
+            return 1.0
+        there_may_be = self.most if self.cpu else self.cpu_workers
+        return 1 / max(1, min(there_may_be, int(node_cpus // spec.cpus)))
+
+    def worker_options(
+        self, spec: WorkerSpec, *, name: str, host: str, node_cpus: float
+    ) -> WorkerOptions:
+        """The settings of one worker, which listens on `host` of a node with `node_cpus`."""
+        return WorkerOptions(
+            model=self.model,
+            host=host,
+            device="cuda:0" if spec.gpus else "cpu",
+            dtype=self.dtype,
+            wire_dtype=self.wire_dtype,
+            threads=0 if spec.gpus else spec.cpus,
+            bias=self.bias,
+            memory_budget=self.memory_budget,
+            memory_share=self.memory_share(spec, node_cpus),
+            name=name,
+            log_format=self.log_format,
+            metrics_port=None if self.metrics_port is None else 0,
+            otlp_endpoint=self.otlp_endpoint,
+        )

@@ -11,6 +11,8 @@ import os
 import uuid
 from dataclasses import dataclass
 
+import ray
+
 from cluster.options import ServeOptions
 from cluster.placement import WorkerSpec
 
@@ -19,7 +21,6 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from workers.addresses import address_toward, join_port
 from workers.logs import set_up_logging
-from workers.options import WorkerOptions
 from workers.server import WorkerServer
 
 
@@ -65,22 +66,22 @@ class WorkerActor:
         self._ended.set()
 
     async def _start(self, name: str) -> str:
-        options, spec = self._options, self._spec
+        options = self._options
         set_up_logging(options.log_format, worker=name)
         server = WorkerServer(
-            WorkerOptions(
-                model=options.model,
-                host=options.worker_host or address_toward(self._toward),
-                device="cuda:0" if spec.gpus else "cpu",
-                dtype=options.dtype,
-                wire_dtype=options.wire_dtype,
-                threads=0 if spec.gpus else spec.cpus,
-                bias=options.bias,
+            options.worker_options(
+                self._spec,
                 name=name,
-                metrics_port=None if options.metrics_port is None else 0,
-                otlp_endpoint=options.otlp_endpoint,
+                host=options.worker_host or address_toward(self._toward),
+                node_cpus=_node_cpus(),
             )
         )
         self._server = server
         port = await server.start()
         return join_port(server.host, port)
+
+
+def _node_cpus() -> float:
+    """The processors of this node, as Ray counts them."""
+    here = ray.get_runtime_context().get_node_id()
+    return sum(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["NodeID"] == here)

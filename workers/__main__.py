@@ -31,6 +31,7 @@ _HELP = {
     "threads": "threads of a model run on the CPU; 0 leaves it to torch",
     "bias": "calibration bias file; by default the one beside the model",
     "memory_budget": "what requests may take, like 4GiB; auto: 4/5 of what is free; 0: no limit",
+    "memory_share": "part of the memory that auto counts on, where several workers share it",
     "idle_seconds": "a request of which nothing is heard for so long is dropped",
     "grace_seconds": "how long running calls may take to end on SIGTERM",
     "name": "what it is called in logs and spans",

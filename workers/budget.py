@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 from homer.errors import ConfigError
 from workers.errors import MemoryBudgetError
+from workers.memory import DeviceMemory
 
 # The rest is for allocators' slack, buffers of calls, and other programs.
-DEFAULT_SHARE = 0.8
+AUTO_PART = 0.8
 _UNITS = {
     "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
@@ -32,6 +33,32 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f"{text!r} is no amount of memory; write it like 4GiB, 500MB or 123456")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def automatic_bytes(memory: DeviceMemory, share: float = 1.0) -> int:
+    """A budget for a worker that has loaded its model, where `share` of `memory` is its own.
+
+    What is free may be so only until the others have loaded theirs: it counts as far as this
+    worker's part of the whole has room beside what it has taken. 0 where the system does not tell
+    what is free.
+
+    Raises
+    ------
+    ConfigError
+        When the model alone takes more than the share.
+    """
+    if not memory.free_bytes:
+        return 0
+    if share == 1.0:
+        return int(AUTO_PART * memory.free_bytes)
+    room = share * memory.total_bytes - memory.own_bytes
+    if room <= 0:
+        raise ConfigError(
+            f"a worker with its model takes {_mib(memory.own_bytes)}, but {share:.2g} of "
+            f"{_mib(memory.total_bytes)} is its share of the memory: put fewer workers on a "
+            "node or GPU, or set --memory-budget"
+        )
+    return int(AUTO_PART * min(room, share * memory.free_bytes))
 
 
 class Budget:

@@ -36,6 +36,9 @@ class WorkerOptions:
     memory_budget : str
         What all requests together may take, like "4GiB"; "auto" is four fifths of what is free when
         the model is loaded, "0" is no limit. Work that does not fit is refused.
+    memory_share : float
+        The part of the machine's or the GPU's memory that "auto" counts on, where several workers
+        share it.
     idle_seconds : float
         A request of which nothing is heard for so long is dropped: whoever asked for it is gone.
     grace_seconds : float
@@ -68,6 +71,7 @@ class WorkerOptions:
     threads: int = 0
     bias: str | None = None
     memory_budget: str = "auto"
+    memory_share: float = 1.0
     idle_seconds: float = 3600.0
     grace_seconds: float = 30.0
     name: str = ""
@@ -85,6 +89,8 @@ class WorkerOptions:
             raise ConfigError(f"threads is {self.threads}; use 1 or more, or 0 for the default")
         if self.memory_budget != "auto":
             parse_bytes(self.memory_budget)
+        if not 0 < self.memory_share <= 1:
+            raise ConfigError(f"memory_share is {self.memory_share:g}; use more than 0, at most 1")
         if self.idle_seconds <= 0:
             raise ConfigError(f"idle_seconds is {self.idle_seconds}; use more than 0")
         if self.grace_seconds < 0:

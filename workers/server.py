@@ -65,7 +65,8 @@ class WorkerServer:
         Raises
         ------
         ConfigError
-            When the address cannot be listened on, or this machine has none where the options say.
+            When the address cannot be listened on, or this machine has none where the options say;
+            when the worker's share of the memory is too small for the model.
         ModelError, BiasError
             When the model cannot be loaded.
         """
@@ -101,10 +102,10 @@ class WorkerServer:
                     metrics.registry, self.host, self.options.metrics_port
                 )
             model = await self._engine.step(LoadedModel.load, self.options)
+            self._servicer.ready(model, metrics_port=self.metrics_port or 0)
         except BaseException:
             await self.stop(0)
             raise
-        self._servicer.ready(model, metrics_port=self.metrics_port or 0)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving %s on %s", self.options.model, join_port(self.host, self.port))
         return self.port

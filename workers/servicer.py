@@ -21,12 +21,12 @@ from homer.plan import PlanNode
 from homer.v1 import tensor_pb2, worker_pb2
 from workers.answers import Answering
 from workers.batcher import Batcher
-from workers.budget import DEFAULT_SHARE, Budget, parse_bytes
+from workers.budget import Budget, automatic_bytes, parse_bytes
 from workers.bundle import bundled
 from workers.engine import Engine, LoadedModel
 from workers.errors import NotReadyError, UnknownStateError, error_metadata, status_code
 from workers.intake import find_node, follow_job, open_node
-from workers.memory import free_bytes
+from workers.memory import device_memory
 from workers.metrics import WorkerMetrics
 from workers.options import WorkerOptions
 from workers.peer import PeerPool, choose_outlet, send_tensors
@@ -87,14 +87,22 @@ class WorkerServicer:
         self._idle.set()
 
     def ready(self, model: LoadedModel, metrics_port: int = 0) -> None:
-        """Take work for `model` from now on."""
+        """Take work for `model` from now on.
+
+        Raises
+        ------
+        ConfigError
+            When the worker's share of the memory has no room beside the model.
+        """
+        options, device = self._options, model.stack.device
+        self._budget.total_bytes = (
+            automatic_bytes(device_memory(device), options.memory_share)
+            if options.memory_budget == "auto"
+            else parse_bytes(options.memory_budget)
+        )
         self._metrics_port = metrics_port
-        self._staging = Staging(model.stack.device)
+        self._staging = Staging(device)
         self._dropping = asyncio.create_task(self._drop_idle())
-        if self._options.memory_budget == "auto":
-            self._budget.total_bytes = int(DEFAULT_SHARE * free_bytes(model.stack.device))
-        else:
-            self._budget.total_bytes = parse_bytes(self._options.memory_budget)
         self._runner = Runner(
             model,
             self._engine,

@@ -56,6 +56,7 @@ def generate(
     address: settings.Address = None,
     dtype: settings.Dtype = DEFAULTS.dtype,
     bias: settings.Bias = DEFAULTS.bias,
+    memory_budget: settings.MemoryBudget = DEFAULTS.memory_budget,
     placement_timeout: settings.PlacementTimeout = DEFAULTS.placement_timeout_seconds,
     max_chunk_len: settings.MaxChunkLen = None,
     target_len: settings.TargetLen = None,
@@ -108,6 +109,7 @@ def generate(
                     threads=threads,
                     dtype=dtype,
                     bias=bias,
+                    memory_budget=memory_budget,
                     port=0,
                     # Several may run on one cluster at once.
                     name=f"homer-generate-{uuid.uuid4().hex}",

@@ -24,6 +24,7 @@ def serve(
     dtype: settings.Dtype = DEFAULTS.dtype,
     wire_dtype: settings.WireDtype = DEFAULTS.wire_dtype,
     bias: settings.Bias = DEFAULTS.bias,
+    memory_budget: settings.MemoryBudget = DEFAULTS.memory_budget,
     max_context_tokens: Annotated[
         int, typer.Option(help="Longest document, in tokens.", min=1)
     ] = DEFAULTS.limits.context_tokens,
@@ -81,6 +82,7 @@ def serve(
         dtype=dtype,
         wire_dtype=wire_dtype,
         bias=bias,
+        memory_budget=memory_budget,
         host=host,
         port=port,
         name=name,

@@ -65,6 +65,15 @@ Bias = Annotated[
         rich_help_panel=_CLUSTER,
     ),
 ]
+MemoryBudget = Annotated[
+    str,
+    typer.Option(
+        "--memory-budget",
+        help="What requests may take of each worker's memory, like 4GiB; auto: 4/5 of what is free "
+        "of its share; 0: no limit.",
+        rich_help_panel=_CLUSTER,
+    ),
+]
 PlacementTimeout = Annotated[
     float,
     typer.Option(

@@ -50,6 +50,41 @@ def test_workers_that_come_and_go_have_places_of_their_own() -> None:
     assert not spread.place(0).specs
 
 
+def test_workers_are_told_their_budget_and_share() -> None:
+    options = ServeOptions(
+        model="m", workers=2, gpus_per_worker=0.5, cpu_workers=1, threads=4, memory_budget="3GiB"
+    )
+    told = [
+        options.worker_options(spec, name=f"worker-{number}", host="10.0.0.7", node_cpus=8)
+        for number, spec in enumerate(options.initial)
+    ]
+    assert [one.memory_budget for one in told] == ["3GiB"] * 3
+    assert [one.memory_share for one in told] == [0.5, 0.5, 1.0]
+    assert [(one.device, one.threads) for one in told] == [("cuda:0", 0), ("cuda:0", 0), ("cpu", 4)]
+    assert (told[2].model, told[2].name, told[2].host) == ("m", "worker-2", "10.0.0.7")
+
+
+@pytest.mark.parametrize(
+    ("given", "node_cpus", "share"),
+    [
+        ({"workers": 4}, 64, 1 / 4),
+        # A node has room for no more of them.
+        ({"workers": 4, "threads": 8}, 16, 1 / 2),
+        ({"workers": 4, "threads": 8}, 8, 1),
+        # Those that may join later are counted.
+        ({"workers": 1, "max_workers": 5}, 64, 1 / 5),
+        ({"workers": 4, "placement": "strict-spread"}, 64, 1),
+    ],
+)
+def test_workers_on_the_cpu_share_the_memory_of_their_node(
+    given: dict[str, Any], node_cpus: float, share: float
+) -> None:
+    options = ServeOptions(model="", cpu=True, **given)
+    told = options.worker_options(options.spec(0), name="", host="", node_cpus=node_cpus)
+    assert told.memory_budget == "auto"
+    assert told.memory_share == pytest.approx(share)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -68,6 +103,7 @@ def test_workers_that_come_and_go_have_places_of_their_own() -> None:
         ({"resources": {"GPU": 1}}, "resources ask for 1 GPU"),
         ({"resources": {"disk": 0}}, "resources ask for 0 disk"),
         ({"grace_seconds": -1}, "grace_seconds is -1"),
+        ({"memory_budget": "much"}, "'much' is no amount of memory"),
     ],
 )
 def test_options_out_of_range(given: dict[str, Any], message: str) -> None:

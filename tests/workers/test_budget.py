@@ -26,8 +26,9 @@ from tests.workers.processes import (
 )
 from tests.workers.test_across import plan_of
 from tests.workers.test_calls import LEAF, PARENT, refusal, run_subtree
-from workers.budget import Budget, parse_bytes
+from workers.budget import Budget, automatic_bytes, parse_bytes
 from workers.errors import MemoryBudgetError, is_out_of_memory, status_code
+from workers.memory import DeviceMemory, device_memory
 
 MIB = 1 << 20
 
@@ -58,6 +59,32 @@ def test_a_budget_counts_what_is_held_reserved_and_spared() -> None:
     budget.total_bytes = 0
     with budget.reserve(1 << 60, "anything, where there is no limit"):
         pass
+
+
+def test_a_budget_of_its_own_is_most_of_what_is_free() -> None:
+    assert automatic_bytes(DeviceMemory(1000, 600, 300)) == 480
+    assert automatic_bytes(DeviceMemory(0, 0, 300)) == 0
+    here = device_memory(torch.device("cpu"))
+    assert 50 * MIB < here.own_bytes < here.total_bytes
+    assert 0 < here.free_bytes < here.total_bytes
+
+
+@pytest.mark.parametrize("others", [0, 1000])
+@pytest.mark.parametrize("workers", [2, 5])
+def test_workers_that_share_memory_do_not_promise_the_same_twice(workers: int, others: int) -> None:
+    total, model = 16000, 1500
+    # Each looks when it has loaded, while those after it have not begun.
+    budgets = [
+        automatic_bytes(DeviceMemory(total, total - others - loaded * model, model), 1 / workers)
+        for loaded in range(1, workers + 1)
+    ]
+    assert sum(budgets) <= total - others - workers * model
+    assert min(budgets) > 0.4 * (total - others - workers * model) / workers
+
+
+def test_a_model_that_does_not_fit_into_its_share_is_refused() -> None:
+    with pytest.raises(ConfigError, match="put fewer workers on a node or GPU"):
+        automatic_bytes(DeviceMemory(8000, 6000, 2000), 0.25)
 
 
 def test_memory_that_the_system_refuses_is_no_fault_of_the_code() -> None:
