@@ -8,10 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from homer.errors import ConfigError
 from workers.errors import MemoryBudgetError
-from workers.memory import DeviceMemory
+
+if TYPE_CHECKING:
+    # It needs torch, which the command line does not wait for.
+    from workers.memory import DeviceMemory
 
 # The rest is for allocators' slack, buffers of calls, and other programs.
 AUTO_PART = 0.8
