@@ -84,7 +84,7 @@ class Heartbeat:
         try:
             async with asyncio.timeout(self._options.heartbeat_timeout_seconds):
                 member.info = await member.client.info()
-        except (HomerError, TimeoutError, NotImplementedError) as error:
+        except (HomerError, TimeoutError) as error:
             _log.debug("%s does not say what it is: %r", member.name, error)
             return False
         return True
