@@ -26,8 +26,10 @@ $(READY): pyproject.toml constraints.txt
 demo: setup ## ask a question about a long document on a local cluster of two CPU workers
 	@$(BIN)/python -m cluster.demo
 
+# Real processes on a busy shared machine miss a deadline now and then. Where CI is set, a test that fails
+# is run up to twice more, and the summary names it under RERUN; by hand, the first failure counts.
 test: setup ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(if $(CI),--reruns 2)
 
 chaos: setup ## 60 faults among questions, then 300 requests of mixed fates; SEED=7 and FAULTS=100 choose
 	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(FAULTS),--faults $(FAULTS))
