@@ -20,7 +20,8 @@ _TOOLS = ("unshare", "ip", "tc", "nft", "mount")
 _PRIVATE = ("--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
 SUBNET = "10.77.0"
 OTHER_SUBNET = "10.78.0"
-SLOW_RATE = "1mbit"
+SLOW_BITS_PER_SECOND = 1_000_000
+SLOW_BURST_BITS = 16 * 1024 * 8
 LOST_PERCENT = 15
 _TABLE = "inet homer_chaos"
 
@@ -131,7 +132,8 @@ class NamespaceHost:
             case Kind.LOSSY:
                 await self._filter(f"numgen random mod 100 < {LOST_PERCENT} drop")
             case Kind.SLOW:
-                slow = ("root", "tbf", "rate", SLOW_RATE, "burst", "16kb", "latency", "500ms")
+                rate = ("rate", f"{SLOW_BITS_PER_SECOND}bit", "burst", f"{SLOW_BURST_BITS // 8}")
+                slow = ("root", "tbf", *rate, "latency", "500ms")
                 await do("tc", "qdisc", "replace", "dev", self._cable, *slow)
                 await do(*self.inside, "tc", "qdisc", "replace", "dev", "lan", *slow)
             case _:
