@@ -86,8 +86,10 @@ class Gather:
         """
         self._want(layer)
         for future in self._waiting(layer):
-            # Who stops waiting does not stop the pull.
-            await asyncio.shield(asyncio.wrap_future(future))
+            # Who stops waiting does not stop the pull, and does not hear how it ended.
+            coming = asyncio.wrap_future(future)
+            coming.add_done_callback(_retrieve)
+            await asyncio.shield(coming)
 
     def _waiting(self, layer: int) -> list[Future[KVRows]]:
         return [future for futures in self._rows if (future := futures[layer]) is not None]
@@ -173,6 +175,12 @@ class Gather:
         # Rows that were handed over are not held on to.
         future, waiting[layer] = waiting[layer], None
         _settle(future, rows=rows)
+
+
+def _retrieve(future: asyncio.Future[KVRows]) -> None:
+    """Keep asyncio from reporting an error that somebody was told already, or nobody waits for."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _nbytes(rows: KVRows) -> int:

@@ -80,27 +80,32 @@ def run() -> Iterator[Run[Any]]:
 def worker_addresses(ray_session: None, run: Run[Any]) -> Iterator[Callable[[str], list[str]]]:
     """Addresses of three worker actors that serve a model; started on first use, kept since."""
     started: dict[str, list[str]] = {}
-    pools: list[WorkerPool] = []
+    pools: list[tuple[WorkerPool, Scheduler]] = []
     keeper: Any = ray.remote(Keeper)
 
-    async def start(options: ServeOptions) -> WorkerPool:
-        pool = WorkerPool(options, keeper.options(num_cpus=0).remote(), LOOPBACK, Scheduler())
+    async def start(options: ServeOptions) -> tuple[WorkerPool, Scheduler]:
+        scheduler = Scheduler()
+        pool = WorkerPool(options, keeper.options(num_cpus=0).remote(), LOOPBACK, scheduler)
         await pool.start()
-        return pool
+        return pool, scheduler
+
+    async def stop(pool: WorkerPool, scheduler: Scheduler) -> None:
+        await pool.stop()
+        await scheduler.close()
 
     def addresses(model: str) -> list[str]:
         if model not in started:
             # One model's workers at a time: they take memory, and tests come model by model.
             while pools:
-                run(pools.pop().stop())
+                run(stop(*pools.pop()))
                 started.clear()
             pools.append(run(start(ServeOptions(model=model, cpu=True, workers=3))))
-            started[model] = [client.address for client in pools[-1].clients]
+            started[model] = [client.address for client in pools[-1][0].clients]
         return started[model]
 
     yield addresses
-    for pool in pools:
-        run(pool.stop())
+    for pool, scheduler in pools:
+        run(stop(pool, scheduler))
 
 
 @pytest.fixture(scope="session")

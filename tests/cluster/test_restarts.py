@@ -59,6 +59,13 @@ class Pool:
         self.run = run
         run(begin())
 
+    def stop(self) -> None:
+        async def end() -> None:
+            await self.pool.stop()
+            await self.scheduler.close()
+
+        self.run(end())
+
     def names(self) -> dict[int, str]:
         """The workers that may get work, by number."""
         names = [worker.name for worker in self.scheduler.workers]
@@ -95,7 +102,7 @@ def pool(ray_session: None, run: Run[Any], folder: Path) -> Iterator[Pool]:
     made = Pool(ServeOptions(model=str(folder), cpu=True, workers=2), run)
     assert made.names() == {0: "worker-0", 1: "worker-1"}
     yield made
-    run(made.pool.stop())
+    made.stop()
 
 
 def test_a_killed_worker_comes_back_under_a_new_name(pool: Pool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
@@ -55,6 +56,16 @@ class ScriptedPeers(PeerPool):
             yield NamedTensor(f"values.{layer}", -rows)
 
 
+class SilentPeers(ScriptedPeers):
+    """Peers from which nothing comes."""
+
+    async def pull(
+        self, address: str, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[NamedTensor, None]:
+        await asyncio.Event().wait()
+        yield NamedTensor("indices.0", torch.empty(0))
+
+
 async def take_all(gather: Gather) -> None:
     for layer in range(LAYERS):
         for rows in await asyncio.to_thread(gather.layer, layer):
@@ -70,7 +81,7 @@ def test_rows_that_nobody_takes_are_bounded(peers: int) -> None:
         pool = ScriptedPeers()
         addresses = [f"peer-{number}" for number in range(peers)]
         async with Gather(pool, addresses, REQUEST, STACK, ahead_bytes=3 * LAYER_BYTES) as gather:
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 20
             while pool.given < 2 and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
             for _ in range(200):
@@ -111,3 +122,22 @@ def test_a_gather_that_always_breaks_says_so_to_whoever_waits() -> None:
 
     with pytest.raises(DamagedStreamError):
         asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_gather_that_is_stopped_leaves_no_error_that_nobody_hears_of() -> None:
+    heard: list[dict[str, Any]] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
+        async with Gather(SilentPeers(), ["a", "b"], REQUEST, STACK) as gather:
+            waiting = asyncio.create_task(gather.wait(0))
+            await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        del gather, waiting
+        await asyncio.sleep(0.01)
+        gc.collect()
+        await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert heard == []
