@@ -51,8 +51,8 @@ class Active:
         self.admitted = False
         self.ending = False
         self.estimate_bytes = 0.0
-        # Its estimated tokens of KV when cut into so many pieces.
-        self.footprint: tuple[int, float] | None = None
+        # Its estimated tokens of KV by the number of pieces into which it is cut.
+        self.footprints: dict[int, float] = {}
         self.passes = 0
         self.delivered: list[int] = []
         self.cache: CacheReady | None = None

@@ -1,11 +1,12 @@
 """Which requests may start: the bounds of the queue, and memory.
 
-A request waits until its estimated footprint fits beside those that run. Knows nothing about how
-work is handed out.
+A request waits until its estimated footprint fits beside those that run; where the pool has to grow
+for it first, it says so. Knows nothing about how work is handed out, or how a pool grows.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 
@@ -23,15 +24,30 @@ MAX_RETRY_SECONDS = 600.0
 
 
 class Admission:
-    """Holds requests back until there is room for them."""
+    """Holds requests back until there is room for them.
+
+    Attributes
+    ----------
+    most_workers : int
+        So many workers there could be, where the pool grows; 0 where it does not.
+    growing : set of str
+        Requests that only a larger pool has the memory for.
+    """
 
     def __init__(self, options: SchedulerOptions, members: Members) -> None:
         self._options = options
         self._members = members
         self._waiting: dict[str, Active] = {}
         self._running: dict[str, Active] = {}
+        self.most_workers = 0
+        self.growing: set[str] = set()
+        self._last_joined = -math.inf
         self._largest_budget = 0.0
         self._done: deque[tuple[float, int]] = deque()
+
+    def worker_joined(self, now: float) -> None:
+        """The pool is larger: who waits for that may wait for the next one."""
+        self._last_joined = now
 
     def enter(self, active: Active) -> None:
         """A request asks to be started."""
@@ -41,6 +57,7 @@ class Admission:
         """A request is over."""
         self._waiting.pop(active.request_id, None)
         self._running.pop(active.request_id, None)
+        self.growing.discard(active.request_id)
 
     def hold_back(self, active: Active) -> None:
         """A request that ran waits again."""
@@ -72,18 +89,20 @@ class Admission:
             if active.yields_to & self._running.keys():
                 continue
             estimate = self._estimate(active) if budget else 0.0
+            if budget and estimate > budget:
+                if self._may_fit_later(active, estimate, now):
+                    self.growing.add(active.request_id)
+                    continue
+                active.fail(_too_large(active.job, estimate, max(budget, self._possible_budget())))
+                self.leave(active)
+                continue
             if budget and self._running and used + estimate > budget:
                 if now - active.times.submitted > self._options.aging_seconds:
                     break
                 continue
-            if budget and estimate > budget:
-                if estimate > self._largest_budget or self._waited_too_long(active, now):
-                    active.fail(_too_large(active.job, estimate, budget))
-                    del self._waiting[active.request_id]
-                continue
             active.estimate_bytes = estimate
             used += estimate
-            del self._waiting[active.request_id]
+            self.leave(active)
             self._running[active.request_id] = active
             active.admitted = True
             admitted.append(active)
@@ -120,20 +139,37 @@ class Admission:
         rate = sum(count for _, count in recent) / max(1.0, now - recent[0][0])
         return min(MAX_RETRY_SECONDS, max(1.0, tokens / max(rate, 1.0)))
 
-    def _waited_too_long(self, active: Active, now: float) -> bool:
-        """Whether the pool, which was larger once, has had its time to grow again."""
-        return now - active.times.submitted > self._options.no_worker_timeout_seconds
+    def _may_fit_later(self, active: Active, estimate: float, now: float) -> bool:
+        """Whether the pool may still become large enough: it was once, or it has room to grow."""
+        since = max(active.times.submitted, self._last_joined)
+        if estimate <= self._largest_budget:
+            return now - since <= self._options.no_worker_timeout_seconds
+        # One that has not yet said what it is has not come yet.
+        if sum(m.info is not None for m in self._members) >= self.most_workers:
+            return False
+        largest = self._estimate(active, self.most_workers)
+        in_time = now - since <= self._options.grow_timeout_seconds
+        return in_time and largest <= self._possible_budget()
 
-    def _estimate(self, active: Active) -> float:
-        pieces = len(self._members) * self._options.pieces_per_worker
-        if active.footprint is None or active.footprint[0] != pieces:
-            active.footprint = (pieces, footprint_tokens(active.job, pieces))
-        return active.footprint[1] * self._kv_bytes_per_token()
+    def _possible_budget(self) -> float:
+        """Bytes for all requests together when the pool is as large as it can be."""
+        largest = max((m.info.memory_budget_bytes for m in self._members if m.info), default=0)
+        return largest * self.most_workers * self._options.memory_fraction
+
+    def _estimate(self, active: Active, workers: int = 0) -> float:
+        """Bytes of a request on so many workers; on those that there are without a number."""
+        pieces = (workers or len(self._members)) * self._options.pieces_per_worker
+        if pieces not in active.footprints:
+            active.footprints[pieces] = footprint_tokens(active.job, pieces)
+        return active.footprints[pieces] * self._kv_bytes_per_token()
 
     def _budget(self) -> float:
-        """Bytes for all requests together; 0 while any worker has no limit."""
-        budgets = [m.info.memory_budget_bytes if m.info else 0 for m in self._members]
-        if not all(budgets):
+        """Bytes for all requests together; 0 while any worker has no limit.
+
+        One that has not yet said what it is has nothing to give.
+        """
+        budgets = [m.info.memory_budget_bytes for m in self._members if m.info]
+        if not budgets or not all(budgets):
             return 0.0
         budget = sum(budgets) * self._options.memory_fraction
         self._largest_budget = max(self._largest_budget, budget)

@@ -73,7 +73,9 @@ class Autoscaler:
         return Decision(give_back=tuple(unused[:spare]))
 
     def _note(self, now: float, load: SchedulerLoad) -> None:
-        pressed = not load.idle_workers and load.running_jobs + load.queued_jobs > 0
+        busy = not load.idle_workers and load.running_jobs + load.queued_jobs > 0
+        # What waits for memory needs more workers, whatever those that there are do.
+        pressed = busy or load.growing_jobs > 0
         if not pressed:
             self._pressed_since = None
             self._relaxed_since = now if self._relaxed_since is None else self._relaxed_since

@@ -54,6 +54,8 @@ class Coordinator:
         here = get_node_ip_address()
         self._pool = WorkerPool(options, self._keeper, here, self._scheduler)
         self._scheduler.on_worker_lost = self._pool.fence
+        if options.grows:
+            self._scheduler.expect_workers(options.most + options.cpu_workers)
         self._door: GrpcDoor | None = None
         self._ended = asyncio.Event()
         self._starting = asyncio.create_task(self._start())

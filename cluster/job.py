@@ -221,7 +221,10 @@ class WorkerStats:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerLoad:
-    """What a scheduler has to do now. A job is queued until something of it has started."""
+    """What a scheduler has to do now. A job is queued until something of it has started.
+
+    `growing_jobs` of the queued ones wait for a larger pool, whose memory they need.
+    """
 
     running_jobs: int
     queued_jobs: int
@@ -229,6 +232,7 @@ class SchedulerLoad:
     busy_workers: tuple[str, ...]
     idle_workers: tuple[str, ...]
     draining_workers: tuple[str, ...]
+    growing_jobs: int = 0
 
 
 class WorkerClient(Protocol):

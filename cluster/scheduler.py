@@ -106,7 +106,12 @@ class Scheduler:
             busy_workers=tuple(m.name for m in self._members if m.load),
             idle_workers=tuple(m.name for m in self._members if not m.load),
             draining_workers=tuple(m.name for m in self._members.everybody if m.draining),
+            growing_jobs=len(self._admission.growing),
         )
+
+    def expect_workers(self, most: int) -> None:
+        """So many workers there could be: what needs more than there are waits for them."""
+        self._admission.most_workers = most
 
     def subtrees(self, plan: MergePlan) -> int:
         """The number of pieces into which a plan is cut at first."""
@@ -125,6 +130,7 @@ class Scheduler:
         member = Member(client)
         self._members.add(member)
         self._heartbeat.watch(member, self._admit)
+        self._admission.worker_joined(self._core.now())
         self.observer.worker_joined(client.name)
         self._admit()
         self._dispatcher.fill(member)

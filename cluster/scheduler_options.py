@@ -40,6 +40,9 @@ class SchedulerOptions:
         How many workers one node may take along with it before its request fails.
     no_worker_timeout_seconds : float
         How long requests wait for a worker to join when none is left.
+    grow_timeout_seconds : float
+        How long a request that is too large for the pool waits for the next worker, where the pool
+        can grow to a size that is enough. Machines take minutes to start.
     release_timeout_seconds : float
         How long a call that only frees memory may take.
     """
@@ -58,4 +61,5 @@ class SchedulerOptions:
     max_faults: int = 4
     max_losses: int = 5
     no_worker_timeout_seconds: float = 60.0
+    grow_timeout_seconds: float = 600.0
     release_timeout_seconds: float = 10.0

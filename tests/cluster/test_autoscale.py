@@ -26,7 +26,11 @@ def autoscaler(fewest: int = 1, most: int = 8) -> Autoscaler:
 
 
 def load(
-    busy: Sequence[str] = (), idle: Sequence[str] = (), running: int = 0, queued: int = 0
+    busy: Sequence[str] = (),
+    idle: Sequence[str] = (),
+    running: int = 0,
+    queued: int = 0,
+    growing: int = 0,
 ) -> SchedulerLoad:
     return SchedulerLoad(
         running_jobs=running,
@@ -35,6 +39,7 @@ def load(
         busy_workers=tuple(busy),
         idle_workers=tuple(idle),
         draining_workers=(),
+        growing_jobs=growing,
     )
 
 
@@ -46,6 +51,13 @@ def test_it_grows_when_all_have_been_busy_for_long() -> None:
     # And again only after as long.
     assert scaler.decide(11, busy, ["a"], 0) == NOTHING
     assert scaler.decide(20, busy, ["a"], 0) == Decision(ask=1)
+
+
+def test_it_grows_for_what_needs_more_memory_than_all_have() -> None:
+    scaler, wanting = autoscaler(), load(idle=["a"], queued=1, growing=1)
+    assert scaler.decide(0, wanting, ["a"], 0) == NOTHING
+    assert scaler.decide(10, wanting, ["a"], 0) == Decision(ask=1)
+    assert scaler.decide(500, wanting, ["a"], 1) == NOTHING
 
 
 def test_a_moment_of_rest_begins_the_time_anew() -> None:

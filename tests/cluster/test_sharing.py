@@ -195,6 +195,52 @@ def test_a_request_that_can_never_fit_is_told_so() -> None:
     run_virtual(work())
 
 
+def test_a_request_that_needs_a_larger_pool_waits_for_it_to_grow() -> None:
+    async def work() -> None:
+        pool = make_pool(3)
+        with_memory(pool, 425)
+        scheduler = Scheduler(pool[:1], options=SchedulerOptions(grow_timeout_seconds=100))
+        scheduler.expect_workers(3)
+        await asyncio.sleep(1)
+        job = make_job(1000, request_id="large")
+        running = asyncio.create_task(collect(scheduler, job))
+        # Small ones go past it.
+        small = make_job(5, request_id="small")
+        assert_right(small, await collect(scheduler, small))
+        assert (scheduler.load.growing_jobs, scheduler.running_jobs) == (1, 0)
+        # Each that joins is worth another wait.
+        for number in (1, 2):
+            await asyncio.sleep(90)
+            assert not running.done()
+            assert scheduler.load.growing_jobs == 1
+            scheduler.add_worker(pool[number])
+        assert_right(job, await running)
+        assert scheduler.load.growing_jobs == 0
+        await assert_nothing_left(scheduler, pool)
+
+    run_virtual(work())
+
+
+@pytest.mark.parametrize(("length", "waits"), [(1000, 100), (4000, 0)])
+def test_a_request_is_refused_that_no_pool_comes_for(length: int, waits: int) -> None:
+    """After the time in which it should grow; at once, where even the largest is too small."""
+
+    async def work() -> None:
+        pool = make_pool(1)
+        with_memory(pool, 425)
+        scheduler = Scheduler(pool, options=SchedulerOptions(grow_timeout_seconds=100))
+        scheduler.expect_workers(3)
+        await asyncio.sleep(1)
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(CapacityError, match="--memory-budget"):
+            await collect(scheduler, make_job(length))
+        assert waits <= asyncio.get_running_loop().time() - began < waits + 10
+        assert scheduler.load.growing_jobs == 0
+        await assert_nothing_left(scheduler, pool)
+
+    run_virtual(work())
+
+
 @pytest.mark.parametrize("rows", [900, 1400])
 def test_workers_that_refuse_are_asked_again_later(rows: int) -> None:
     """Each of two requests fits alone; side by side they would take each other's memory."""
