@@ -260,7 +260,7 @@ def test_counters_move_by_what_was_done(seen: Seen) -> None:
     assert seen.moved("homer_transfer_bytes_total") == seen.summary.moved_bytes > 0
     assert seen.moved("homer_transfer_seconds_total") > 0
     first_token = seen.moved("homer_time_to_first_token_seconds_sum")
-    assert first_token == pytest.approx(seen.summary.seconds.time_to_first_token, abs=0.05)
+    assert first_token == pytest.approx(seen.summary.seconds.time_to_first_token, abs=0.2)
     assert first_token < seen.moved("homer_e2e_request_latency_seconds_sum")
 
 
@@ -290,7 +290,7 @@ def test_prometheus_is_told_where_the_workers_are(seen: Seen) -> None:
 def test_a_cancelled_and_a_refused_request_are_counted(seen: Seen) -> None:
     before = seen.scrape()
     events = seen.client.generate(
-        context=CONTEXT, question=QUESTION, sampling={"max_tokens": 2000, "ignore_eos": True}
+        context=CONTEXT, question=QUESTION, sampling={"max_tokens": 20_000, "ignore_eos": True}
     )
     for event in events:
         if isinstance(event, pb.Token):
@@ -434,7 +434,7 @@ def test_the_trace_of_a_running_request_shows_what_is_done(seen: Seen) -> None:
         context=CONTEXT,
         question=QUESTION,
         request_id="running",
-        sampling={"max_tokens": 3000, "ignore_eos": True},
+        sampling={"max_tokens": 20_000, "ignore_eos": True},
     )
     tokens = (event for event in events if isinstance(event, pb.Token))
     next(tokens)
@@ -481,7 +481,7 @@ def test_status_as_table_and_as_json(seen: Seen) -> None:
         words = dict(word.split("=") for word in process.ready_line.split()[2:])
         assert worker["metrics_address"] == f"127.0.0.1:{words['metrics_port']}"
         assert Scrape(worker["metrics_address"]).types["homer_worker_requests"] == "gauge"
-        assert abs(worker["clock_ahead_seconds"]) < 0.5
+        assert abs(worker["clock_ahead_seconds"]) < 2
 
 
 def test_status_goes_on_with_watch(seen: Seen) -> None:

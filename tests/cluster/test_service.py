@@ -273,6 +273,6 @@ def test_a_client_that_goes_away_leaves_nothing_behind(
         events.close()
     client.close()
     assert_nothing_held(service)
-    assert time.monotonic() - left < 10
+    assert time.monotonic() - left < 30
     # The service goes on.
     assert answer(service, **ASK, sampling={"max_tokens": 2})[1].generated_tokens > 0

@@ -60,7 +60,10 @@ def test_nodes_and_answers_get_the_same_time(
     engine: Engine, node_seconds: float, decode_seconds: float
 ) -> None:
     load = asyncio.run(run_both(engine, node_seconds, decode_seconds, nodes=12))
-    assert 0.6 < load.seconds["decode"] / load.seconds["node"] < 1.7
+    # Neither is ever further ahead than the longest step, at which the run may also have ended.
+    apart = abs(load.seconds["decode"] - load.seconds["node"])
+    assert apart < 2.5 * max(load.took)
+    assert len(load.ran) > 12
 
 
 def test_neither_kind_waits_for_long(engine: Engine) -> None:

@@ -24,7 +24,7 @@ from homer.shape import ModelShape
 SMALL = BenchSize(
     layers=8, hidden=256, intermediate=512, heads=4, vocab=256, chunk=256, warmup_layers=3
 )
-RUNS = 8
+RUNS = 20
 
 
 @pytest.fixture(scope="module")
