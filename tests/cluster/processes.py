@@ -24,6 +24,8 @@ from tests.cluster.conftest import poll
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[2]
 END_SECONDS = 60.0
+# What `ray start` keeps for its workers, and refuses for anything else.
+RAY_WORKER_PORTS = range(10002, 20000)
 
 
 class Sandbox:
@@ -124,12 +126,14 @@ class Lines:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, of those that the system gives to nobody by itself."""
+    """Ports that were free a moment ago, of those that neither the system nor Ray gives away."""
     ephemeral = Path("/proc/sys/net/ipv4/ip_local_port_range")
     first = int(ephemeral.read_text().split()[0]) if ephemeral.exists() else 32768
+    # Where the system gives away all that Ray leaves, a port is as good as its neighbour.
+    first = first if first > RAY_WORKER_PORTS.stop else 65536
     ports: set[int] = set()
     while len(ports) < count:
-        port = random.randrange(max(1024, first // 2), first)
+        port = random.randrange(RAY_WORKER_PORTS.stop, first)
         with socket.socket() as one, suppress(OSError):
             one.bind(("127.0.0.1", port))
             ports.add(port)
