@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from homer.config import ScoreKind
 from homer.errors import ModelError
 from homer.families import Window
+from homer.heads import ALL_HEADS, HeadGroup
 from homer.significance import Scored, significance
 from homer.state import LayerKV
 
@@ -94,14 +95,15 @@ class AttentionCall:
 class LayerPass:
     """One run of some tokens through some layers, for the thread that entered it.
 
-    It takes the place of the layers' cache. `LayerStack.run` sets the first four. `rows` are those
-    that go on through the MLP of the layer at hand and out of it, or None for all.
+    It takes the place of the layers' cache. `LayerStack.run` sets all but the last: `rows` are
+    those that go on through the MLP of the layer at hand and out of it, or None for all.
     """
 
     positions: torch.Tensor
     layer: int = 0
     is_last_layer: bool = False
     window: Window | None = None
+    heads: HeadGroup = ALL_HEADS
     rows: torch.Tensor | None = None
 
     @property
@@ -196,7 +198,7 @@ class NodePass(LayerPass):
         prunes = self.choose_rows is not None
         decides = self.layer == self.score_layer or (self.is_last_layer and self._scores is None)
         if self.on_scores is not None or (prunes and decides):
-            scored = Scored(call.query[0], call.key[0], call.scaling, self.suffix_len)
+            scored = Scored(call.query[0], call.key[0], call.scaling, self.suffix_len, self.heads)
             self._scores = significance(self.score, scored)
             if self.on_scores is not None:
                 self.on_scores(self.layer, self._scores)

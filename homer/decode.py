@@ -33,7 +33,7 @@ class DecodeCache:
         room = buffers[0][0].shape[1] - self.length
         answer = torch.arange(room, device=context.position_ids.device) + self.span
         self._positions = torch.cat((context.position_ids, answer))
-        self._buffers = buffers
+        self.buffers = buffers
 
     @classmethod
     def over(cls, context: CompressedContext) -> DecodeCache:
@@ -53,7 +53,7 @@ class DecodeCache:
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one token's rows, (heads, numbers) each, to `layer`; all its rows so far."""
-        keys, values = self._buffers[layer]
+        keys, values = self.buffers[layer]
         keys[:, self.length] = key
         values[:, self.length] = value
         return keys[:, : self.length + 1], values[:, : self.length + 1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,13 +83,17 @@ class Answer:
         return FinishReason.STOP if token in self._eos else token
 
 
-def next_tokens(stack: LayerStack, answers: Sequence[Answer]) -> list[int | FinishReason]:
+DecodeStep = Callable[[Sequence[int], Sequence[DecodeCache]], torch.Tensor]
+"""Appends a token to each cache; logits of shape (answers, vocab). `decode_step` over a stack."""
+
+
+def next_tokens(step: DecodeStep, answers: Sequence[Answer]) -> list[int | FinishReason]:
     """One decode step for all `answers`: the next token of each, or why it ends.
 
     Each has a token already, and is not full.
     """
     caches = [answer.cache for answer in answers]
-    logits = decode_step(stack, [answer.tokens[-1] for answer in answers], caches).cpu()
+    logits = step([answer.tokens[-1] for answer in answers], caches).cpu()
     return [answer.choose(row) for answer, row in zip(answers, logits, strict=True)]
 
 
@@ -112,7 +117,7 @@ def generate_tokens(
         elif answer.is_full:
             return FinishReason.LENGTH
         else:
-            (token,) = next_tokens(stack, [answer])
+            (token,) = next_tokens(partial(decode_step, stack), [answer])
         if isinstance(token, FinishReason):
             return token
         yield token

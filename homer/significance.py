@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from homer.config import ScoreKind
+from homer.heads import ALL_HEADS, HeadGroup
 
 _OBSERVED_QUERIES = 16
 _POOLED_TOKENS = 7
@@ -24,12 +25,14 @@ class Scored:
 
     `query` has shape (heads, tokens, head_dim), `key` (kv_heads, past + tokens, head_dim), both
     rotated; logits are their products times `scaling`. The last `suffix_len` tokens are the suffix.
+    Where heads are spread over ranks, these are those of this one; `heads` knows the others.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     scaling: float
     suffix_len: int
+    heads: HeadGroup = ALL_HEADS
 
     @property
     def own_key(self) -> torch.Tensor:
@@ -50,12 +53,13 @@ def max_logit(scored: Scored) -> torch.Tensor:
     """Largest logit over the heads of the last query: raw, no softmax (paper, section 3.2)."""
     key = scored.own_key
     last = scored.query[:, -1].float().view(key.shape[0], -1, key.shape[2])
-    return (torch.matmul(last, key.float().transpose(1, 2)) * scored.scaling).amax(dim=(0, 1))
+    logits = torch.matmul(last, key.float().transpose(1, 2)) * scored.scaling
+    return scored.heads.max(logits.amax(dim=(0, 1)))
 
 
 def softmax_mean(scored: Scored) -> torch.Tensor:
     """Attention of the last query, mean over the heads."""
-    return scored.attention(1).mean(dim=(0, 1))
+    return scored.heads.mean(scored.attention(1).mean(dim=(0, 1)))
 
 
 def query_window(scored: Scored) -> torch.Tensor:
@@ -64,7 +68,7 @@ def query_window(scored: Scored) -> torch.Tensor:
     As SnapKV does, arXiv 2404.14469.
     """
     observed = min(_OBSERVED_QUERIES, scored.suffix_len)
-    scores = scored.attention(observed).mean(dim=(0, 1))
+    scores = scored.heads.mean(scored.attention(observed).mean(dim=(0, 1)))
     before, suffix = scores.tensor_split([len(scores) - scored.suffix_len])
     margin = _POOLED_TOKENS // 2
     pooled = F.avg_pool1d(before[None], _POOLED_TOKENS, 1, margin, count_include_pad=False)
@@ -73,7 +77,7 @@ def query_window(scored: Scored) -> torch.Tensor:
 
 def key_norm(scored: Scored) -> torch.Tensor:
     """Shortness of the keys, mean over the heads; asks no question (arXiv 2406.11430)."""
-    return -scored.own_key.float().norm(dim=-1).mean(dim=0)
+    return scored.heads.mean(-scored.own_key.float().norm(dim=-1).mean(dim=0))
 
 
 def random(scored: Scored) -> torch.Tensor:

@@ -14,6 +14,7 @@ from homer.attention import LayerPass, NodePass
 from homer.errors import ModelError, PromptError
 from homer.families import CacheRow, Window, cache_row, family_of, layer_windows
 from homer.footprint import Footprint
+from homer.heads import ALL_HEADS, HeadGroup
 from homer.rotary import Rotary
 
 _CHECK_TOKENS, _CHECK_PAST = 12, 4
@@ -62,9 +63,12 @@ class LayerStack:
             )
         attention.install(model)
         self.model = model
+        self.heads = HeadGroup.of(model)
         self.layers = base.layers
         self.windows: list[Window | None] = layer_windows(self.config)
         self.cache_row = cache_row(self.config, self.family)
+        # Which of the heads of a row are here.
+        self.cache_heads = ALL_HEADS
         self._rotary = Rotary(base.rotary_emb, self.config)
         self._norm = getattr(base, self.family.norm)
         if not getattr(model, "_homer_hooks", False):
@@ -75,6 +79,8 @@ class LayerStack:
             if not self.family.tested and self.device.type != "meta":
                 self._check_against_own_forward()
             model._homer_hooks = True
+        if self.heads.size > 1:
+            self.cache_heads = self._find_cache_heads()
 
     @property
     def num_layers(self) -> int:
@@ -86,8 +92,9 @@ class LayerStack:
 
     @property
     def kv_bytes_per_row(self) -> int:
-        """Bytes of one token's key and value in one layer."""
-        return self.cache_row.numbers * self.dtype.itemsize
+        """Bytes of one token's key and value in one layer, as far as they are here."""
+        whole = self.cache_row.numbers * self.dtype.itemsize
+        return whole // self.cache_heads.size
 
     @property
     def footprint(self) -> Footprint:
@@ -160,6 +167,7 @@ class LayerStack:
         rotations = self._rotary(states, positions, layer_pass.spans, layers)
         cache = {self.family.cache_argument: layer_pass}
         layer_pass.positions = position_ids
+        layer_pass.heads = self.heads
         with layer_pass:
             for layer, rotation in zip(layers, rotations, strict=True):
                 layer_pass.layer = layer
@@ -179,7 +187,8 @@ class LayerStack:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Output logits in float32 of the last layer's `hidden`, shape (..., vocab)."""
         family, config = self.family, self.config
-        logits = self.model.get_output_embeddings()(self._norm(hidden))
+        # Layers that are split over ranks take a batch, and nothing else.
+        logits = self.model.get_output_embeddings()(self._norm(hidden)[None])[0]
         if family.logits_multiplier is not None:
             logits = logits * getattr(config, family.logits_multiplier)
         if family.logits_divisor is not None:
@@ -188,6 +197,29 @@ class LayerStack:
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits.float()
+
+    @torch.inference_mode()
+    def _find_cache_heads(self) -> HeadGroup:
+        """Run a token, to see whether the cache is split as the model is."""
+        node_pass = NodePass(span=1)
+        ids = torch.zeros(1, dtype=torch.int64, device=self.device)
+        name = f"{type(self.model).__name__} ({self.config.model_type})"
+        try:
+            self.run(self.embed(ids), ids, range(1), node_pass)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{name} does not run in {self.heads.size} parts: {error}; use another engine, or "
+                f"one process"
+            ) from error
+        here, whole = node_pass.kv[0][0].shape[0], self.cache_row.key[0]
+        if here == whole:
+            return ALL_HEADS
+        if here * self.heads.size != whole:
+            raise ModelError(
+                f"{name} has {whole} heads of keys and values, and {here} of them on each of "
+                f"{self.heads.size} ranks; Homer needs equal parts"
+            )
+        return self.heads
 
     @torch.inference_mode()
     def _check_against_own_forward(self) -> None:
@@ -210,7 +242,8 @@ class LayerStack:
             logits = self.logits(self.run(hidden, positions[_CHECK_PAST:], layers, second))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"{name} cannot be run layer by layer: {error}") from error
-        rows = {CacheRow(*((t.shape[0], t.shape[2]) for t in layer)) for layer in second.kv}
+        parts = self.cache_heads.size
+        rows = {CacheRow(*((t.shape[0] * parts, t.shape[2]) for t in kv)) for kv in second.kv}
         if scored != list(layers) or len(second.kv) != len(layers):
             raise ModelError(
                 f"{name} has layers whose attention does not go through transformers' attention "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -23,18 +24,30 @@ def rows_of(context_indices: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return torch.isin(context_indices, kept, assume_unique=True).nonzero().flatten()
 
 
+class ElsewhereToo(Protocol):
+    """What stands for a shard or state that other ranks hold their own heads of."""
+
+    def copy(self) -> ElsewhereToo:
+        """Copy the shard there as well."""
+
+    def select(self, kept: torch.Tensor) -> None:
+        """Select its rows there as well."""
+
+
 @dataclass
 class KVShard:
     """Keys (after RoPE) and values of some context tokens in consecutive layers.
 
     `keys[i]` and `values[i]` belong to layer `layer_start + i` and have shape
-    (kv_heads, rows, head_dim); `context_indices` has shape (rows,), int64, ascending.
+    (kv_heads, rows, head_dim); `context_indices` has shape (rows,), int64, ascending. `elsewhere`
+    is set where other ranks hold further heads of the same rows.
     """
 
     layer_start: int
     context_indices: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    elsewhere: ElsewhereToo | None = None
 
     @property
     def layer_end(self) -> int:
@@ -43,6 +56,11 @@ class KVShard:
     @property
     def nbytes(self) -> int:
         return self.context_indices.nbytes + sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def copy(self) -> KVShard:
+        """A copy that shares the tensors: who works on it and fails leaves this one whole."""
+        elsewhere = None if self.elsewhere is None else self.elsewhere.copy()
+        return replace(self, keys=list(self.keys), values=list(self.values), elsewhere=elsewhere)
 
     def select_(self, kept: torch.Tensor) -> KVShard:
         """Drop the rows whose context index is not in `kept`, layer by layer, in place."""
@@ -106,6 +124,8 @@ class NodeState:
         For each layer so far, where the root uses the suffix's averaged states; else None.
     shards : list of KVShard
         The KV rows that live in this process.
+    elsewhere : ElsewhereToo or None
+        Set where other ranks have the state too, with their own heads of `suffix_kv`.
     """
 
     node: NodeId
@@ -114,6 +134,7 @@ class NodeState:
     context_indices: torch.Tensor
     suffix_kv: list[LayerKV] | None = None
     shards: list[KVShard] = field(default_factory=list)
+    elsewhere: ElsewhereToo | None = None
 
     @property
     def nbytes(self) -> int:

@@ -10,13 +10,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from homer.bench.bench_model import BenchSize, random_prompt, save_bench_model
 from homer.context import CompressedContext
-from homer.decode import DecodeCache
+from homer.decode import DecodeCache, decode_step
 from homer.generation import Answer, FinishReason, next_tokens
 from homer.model import HomerModel
 from homer.sampling import SamplingParams
@@ -91,10 +92,11 @@ def _decode(
     answers = [
         Answer(homer.stack, DecodeCache.copy_of(context, tokens), params) for context in contexts
     ]
+    step = partial(decode_step, homer.stack)
     started = time.perf_counter()
     for answer, context in zip(answers, contexts, strict=True):
         answer.choose(context.logits)
     while not answers[0].is_full:
-        if any(isinstance(token, FinishReason) for token in next_tokens(homer.stack, answers)):
+        if any(isinstance(token, FinishReason) for token in next_tokens(step, answers)):
             raise AssertionError("unreachable: nothing ends these answers but their length")
     return time.perf_counter() - started, [answer.tokens for answer in answers]

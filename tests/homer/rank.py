@@ -1,0 +1,71 @@
+"""A rank of a test: `python -m tests.homer.rank RANK SIZE FOLDER`, with jobs as JSON on its stdin.
+
+Loads models and compresses prompts together with the other ranks, and prints what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch._C._distributed_c10d import FileStore
+
+from homer import HomerConfig, HomerModel
+from homer.errors import HomerError
+from homer.parallel import load_on_ranks
+from tests.homer.families.zoo import prompt
+
+TOKENS = 6
+CONFIG = HomerConfig(max_chunk_len=64, target_len=48, warmup_layers=2)
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"refresh_suffix": False, "score": "softmax_mean"},
+)
+
+
+def answers(model: Any) -> list[dict[str, Any]]:
+    """What a model keeps and answers, under each of `CHANGES`."""
+    out = []
+    parts = prompt(3, 150, 5)
+    for change in CHANGES:
+        homer = HomerModel(model, CONFIG.replace(**change))
+        context = homer.compress(*parts)
+        tokens = homer.generate(context, max_new_tokens=TOKENS, ignore_eos=True)
+        nats = homer.score(context, tokens).log_softmax(-1)[torch.arange(TOKENS), tokens]
+        out.append(
+            {
+                "kept": context.context_indices.tolist(),
+                "tokens": tokens.tolist(),
+                "nats": nats.tolist(),
+                "cache_bytes": context.nbytes,
+            }
+        )
+    return out
+
+
+def main(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        store=FileStore(str(Path(folder) / "store"), size),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=100),
+    )
+    done: list[dict[str, Any]] = []
+    for path, engine in json.load(sys.stdin):
+        try:
+            model = load_on_ranks(path, engine, device="cpu", dtype="float32")
+            done.append({"answers": answers(model)})
+        except HomerError as error:
+            done.append({"refused": str(error)})
+    print(json.dumps(done), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
