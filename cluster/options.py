@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from cluster.placement import PLACEMENTS, Place, Placement, WorkerSpec
 from cluster.service import Limits
 from homer.config import PlanKind
+from homer.engines import Engine, check_engine
 from homer.errors import ConfigError
 from workers.budget import parse_bytes
 from workers.options import WIRE_DTYPES, WorkerOptions
@@ -57,6 +58,14 @@ class ServeOptions:
     threads : int
     gpus_per_worker : float
         Below 1, several workers share a GPU.
+    engine : Engine
+        What runs the model of each worker.
+    ranks : int
+        Processes that together are one worker, on one node: each with a GPU of its own, or with
+        `threads` threads.
+    zero_offload : str
+        Where engine deepspeed-zero3 keeps weights: "none" is on the device, "cpu" in main memory,
+        anything else a folder on a fast disk.
     placement : Placement
         On as few nodes as possible or on as many; strict: on one, or on as many as workers.
     resources, labels : mapping
@@ -107,6 +116,9 @@ class ServeOptions:
     cpu_workers: int = 0
     threads: int = 1
     gpus_per_worker: float = 1.0
+    engine: Engine = "torch"
+    ranks: int = 1
+    zero_offload: str = "cpu"
     placement: Placement = "pack"
     resources: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -143,6 +155,7 @@ class ServeOptions:
             raise ConfigError(f"wire_dtype is {self.wire_dtype!r}; use {', '.join(WIRE_DTYPES)}")
         if self.memory_budget != "auto":
             parse_bytes(self.memory_budget)
+        check_engine(self.engine, self.ranks)
         self._check_devices()
         self._check_placement()
 
@@ -154,7 +167,13 @@ class ServeOptions:
         if self.gpus_per_worker > 1 and not self.cpu:
             raise ConfigError(
                 f"gpus_per_worker is {self.gpus_per_worker:g}; a worker runs its model on one GPU: "
-                "use 1, or a share like 0.5 of one that several workers use"
+                "use 1, or a share like 0.5 of one that several workers use; or ranks, for a model "
+                "split over several GPUs"
+            )
+        if self.ranks > 1 and self.gpus_per_worker < 1 and not self.cpu:
+            raise ConfigError(
+                f"gpus_per_worker is {self.gpus_per_worker:g}; each of {self.ranks} ranks needs a "
+                "GPU of its own: leave it at 1"
             )
         if self.cpu and self.cpu_workers:
             raise ConfigError("cpu_workers go beside workers on GPUs; with cpu use workers alone")
@@ -198,8 +217,8 @@ class ServeOptions:
     def main_spec(self) -> WorkerSpec:
         """What each of `workers` is."""
         return WorkerSpec(
-            gpus=0.0 if self.cpu else self.gpus_per_worker,
-            cpus=self.threads if self.cpu else 1,
+            gpus=0.0 if self.cpu else self.gpus_per_worker * self.ranks,
+            cpus=(self.threads if self.cpu else 1) * self.ranks,
             resources=self.resources,
             labels=self.labels,
         )
@@ -207,7 +226,7 @@ class ServeOptions:
     @property
     def initial(self) -> list[WorkerSpec]:
         """All workers at the start; those on the CPU beside GPUs last."""
-        beside = WorkerSpec(cpus=self.threads)
+        beside = WorkerSpec(cpus=self.threads * self.ranks)
         return [self.main_spec] * self.workers + [beside] * self.cpu_workers
 
     def place(self, number: int) -> Place:
@@ -233,7 +252,7 @@ class ServeOptions:
         there may be of them and the node's processors, `node_cpus`, have room for.
         """
         if spec.gpus:
-            return spec.gpus
+            return spec.gpus / self.ranks
         if self.placement == "strict-spread":
             return 1.0
         there_may_be = self.most if self.cpu else self.cpu_workers
@@ -249,7 +268,10 @@ class ServeOptions:
             device="cuda:0" if spec.gpus else "cpu",
             dtype=self.dtype,
             wire_dtype=self.wire_dtype,
-            threads=0 if spec.gpus else spec.cpus,
+            threads=0 if spec.gpus else spec.cpus // self.ranks,
+            engine=self.engine,
+            ranks=self.ranks,
+            zero_offload=self.zero_offload,
             bias=self.bias,
             memory_budget=self.memory_budget,
             memory_share=self.memory_share(spec, node_cpus),

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from homer.context import CompressedContext
-from homer.decode import DecodeCache
 from homer.finish import CacheBuilder
 from homer.generation import Answer, FinishReason
 from homer.sampling import SamplingParams
@@ -58,10 +57,7 @@ class Answering:
         context = ready.context
         emit(worker_pb2.GenerateTokensResponse(cache_ready=ready.message))
         began, started = time.time(), time.perf_counter()
-        if context.room_tokens >= params.max_new_tokens:
-            cache = DecodeCache.over(context)
-        else:
-            cache = await self.engine.move(DecodeCache.copy_of, context, params.max_new_tokens)
+        cache = await self.engine.move(self.model.decode_cache, context, params.max_new_tokens)
         answer = Answer(self.model.stack, cache, params, forced=resume)
         count = 0
 

@@ -11,8 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from homer.generation import Answer, FinishReason, next_tokens
-from homer.stack import LayerStack
+from homer.generation import Answer, DecodeStep, FinishReason, next_tokens
 from workers.engine import Engine
 
 
@@ -40,14 +39,15 @@ class Batcher:
 
     Parameters
     ----------
-    stack : LayerStack
+    decode : DecodeStep
+        Runs the model.
     engine : Engine
     on_step : callable
         Told after each step how many answers got a token in it.
     """
 
-    def __init__(self, stack: LayerStack, engine: Engine, on_step: Callable[[int], None]) -> None:
-        self._stack = stack
+    def __init__(self, decode: DecodeStep, engine: Engine, on_step: Callable[[int], None]) -> None:
+        self._decode = decode
         self._engine = engine
         self._on_step = on_step
         self._joining: deque[_Seat] = deque()
@@ -77,7 +77,7 @@ class Batcher:
             return False
         loop = seats[0].done.get_loop()
         try:
-            tokens = next_tokens(self._stack, [seat.answer for seat in seats])
+            tokens = next_tokens(self._decode, [seat.answer for seat in seats])
         except Exception as error:
             self._seats = []
             loop.call_soon_threadsafe(_fail, seats, error)

@@ -10,7 +10,7 @@ import contextvars
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,10 +18,19 @@ from typing import Any, TypeVar
 import torch
 
 from homer.bias import find_bias, load_bias
+from homer.context import CompressedContext
+from homer.decode import DecodeCache, decode_step
+from homer.encode import TreeEncoder
 from homer.loading import load_model
+from homer.parallel import load_on_ranks
+from homer.plan import MergePlan
 from homer.stack import LayerStack
+from homer.state import KVShard, NodeState
+from homer.v1 import worker_pb2
 from workers.errors import is_out_of_memory
 from workers.options import WorkerOptions
+from workers.tensor_stream import Spec
+from workers.wire import gather_tensors
 
 T = TypeVar("T")
 
@@ -38,7 +47,7 @@ class LoadedModel:
 
     @classmethod
     def load(cls, options: WorkerOptions) -> LoadedModel:
-        """Load what `options` name.
+        """Load what `options` name, or this rank's part of it.
 
         Raises
         ------
@@ -47,7 +56,16 @@ class LoadedModel:
         """
         if options.threads:
             torch.set_num_threads(options.threads)
-        model = load_model(options.model, device=options.device, dtype=options.dtype)
+        if options.engine == "torch":
+            model = load_model(options.model, device=options.device, dtype=options.dtype)
+        else:
+            model = load_on_ranks(
+                options.model,
+                options.engine,
+                device=options.device,
+                dtype=options.dtype,
+                offload=options.zero_offload,
+            )
         stack = LayerStack(model)
         bias_path = options.bias or find_bias(options.model)
         bias = None
@@ -61,6 +79,39 @@ class LoadedModel:
     def max_distance(self) -> int:
         """Largest distance that the bias covers; 0 without one."""
         return 0 if self.bias is None else self.bias.shape[1] - 1
+
+    def encoder(
+        self,
+        spec: worker_pb2.RequestSpec,
+        plan: MergePlan,
+        prefix_ids: torch.Tensor,
+        suffix_ids: torch.Tensor,
+    ) -> TreeEncoder:
+        """What runs the nodes of a request."""
+        return TreeEncoder(self.stack, plan, prefix_ids, suffix_ids, self.bias)
+
+    def decode_cache(self, context: CompressedContext, room_tokens: int) -> DecodeCache:
+        """A cache for an answer of so many tokens: in the context's own room where it has that."""
+        if context.room_tokens >= room_tokens:
+            return DecodeCache.over(context)
+        return DecodeCache.copy_of(context, room_tokens)
+
+    def decode(self, tokens: Sequence[int], caches: Sequence[DecodeCache]) -> torch.Tensor:
+        """One decode step; logits of shape (answers, vocab)."""
+        return decode_step(self.stack, tokens, caches)
+
+    async def rows(
+        self, engine: Engine, shards: Sequence[KVShard], kept: torch.Tensor
+    ) -> tuple[list[Spec], Iterable[torch.Tensor]]:
+        """The rows of `shards` that are in `kept`, of all heads, as they travel."""
+        return await engine.move(gather_tensors, shards, kept, self.stack)
+
+    async def whole_state(self, engine: Engine, state: NodeState) -> NodeState:
+        """A state with the suffix rows of all heads."""
+        return state
+
+    def close(self) -> None:
+        """Let go of what runs beside this process."""
 
 
 class Engine:

@@ -128,7 +128,7 @@ class Gather:
 
     async def _pull(self, address: str, waiting: list[Future[KVRows] | None]) -> None:
         stack, max_rows = self._stack, len(self._request.context_indices)
-        row_bytes = stack.kv_bytes_per_row
+        row_bytes = stack.cache_row.numbers * stack.dtype.itemsize
         limits = Limits(
             total_bytes=stack.num_layers * max_rows * (row_bytes + torch.int32.itemsize),
             # Keys and values, each perhaps with scales, and indices.

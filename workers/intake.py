@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,25 +41,31 @@ def open_node(
         node.
     """
 
-    def make_encoder() -> TreeEncoder:
-        if not spec.request_id:
-            raise PromptError("the request id is empty; give every request its own id")
-        plan = read_plan(spec.plan, model.stack)
-        for name, ids, length in (
-            ("prefix_ids", spec.prefix_ids, plan.prefix_len),
-            ("suffix_ids", spec.suffix_ids, plan.suffix_len),
-        ):
-            if len(ids) != length:
-                raise PromptError(
-                    f"{name} has {len(ids)} tokens, but the plan was made for {length}"
-                )
-        prefix_ids, suffix_ids = (
-            torch.tensor(ids, dtype=torch.int64) for ids in (spec.prefix_ids, spec.suffix_ids)
-        )
-        return TreeEncoder(model.stack, plan, prefix_ids, suffix_ids, model.bias)
-
-    held = store.open(spec, make_encoder)
+    held = store.open(spec, partial(make_encoder, model, spec))
     return held, find_node(held, node)
+
+
+def make_encoder(model: LoadedModel, spec: worker_pb2.RequestSpec) -> TreeEncoder:
+    """What runs the nodes of the request of `spec`.
+
+    Raises
+    ------
+    PromptError, PlanError, StateError
+        When the request is not what its plan says.
+    """
+    if not spec.request_id:
+        raise PromptError("the request id is empty; give every request its own id")
+    plan = read_plan(spec.plan, model.stack)
+    for name, ids, length in (
+        ("prefix_ids", spec.prefix_ids, plan.prefix_len),
+        ("suffix_ids", spec.suffix_ids, plan.suffix_len),
+    ):
+        if len(ids) != length:
+            raise PromptError(f"{name} has {len(ids)} tokens, but the plan was made for {length}")
+    prefix_ids, suffix_ids = (
+        torch.tensor(ids, dtype=torch.int64) for ids in (spec.prefix_ids, spec.suffix_ids)
+    )
+    return model.encoder(spec, plan, prefix_ids, suffix_ids)
 
 
 def find_node(held: HeldRequest, node: worker_pb2.NodeId) -> PlanNode:

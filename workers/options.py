@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from homer.engines import Engine, check_engine
 from homer.errors import ConfigError
 from workers.budget import parse_bytes
 
@@ -31,6 +32,14 @@ class WorkerOptions:
         "auto" is the checkpoint's own; or float32, float16, bfloat16.
     threads : int
         Threads of a model run on the CPU. 0 leaves it to torch.
+    engine : Engine
+        What runs the model: "torch" in this process, "deepspeed-tp" or "transformers-tp" by tensor
+        parallelism on `ranks` processes of this machine, "deepspeed-zero3" with weights in parts.
+    ranks : int
+        Processes that together are this worker; on GPUs each has one, from `device` on.
+    zero_offload : str
+        Where deepspeed-zero3 keeps weights: "none" is on the device, "cpu" in main memory, anything
+        else a folder on a fast disk.
     bias : str, optional
         Calibration bias file. By default the one beside the model, if there is one.
     memory_budget : str
@@ -69,6 +78,9 @@ class WorkerOptions:
     device: str = "auto"
     dtype: str = "auto"
     threads: int = 0
+    engine: Engine = "torch"
+    ranks: int = 1
+    zero_offload: str = "cpu"
     bias: str | None = None
     memory_budget: str = "auto"
     memory_share: float = 1.0
@@ -87,6 +99,7 @@ class WorkerOptions:
             raise ConfigError(f"port is {self.port}; use 1 to 65535, or 0 for a free one")
         if self.threads < 0:
             raise ConfigError(f"threads is {self.threads}; use 1 or more, or 0 for the default")
+        check_engine(self.engine, self.ranks)
         if self.memory_budget != "auto":
             parse_bytes(self.memory_budget)
         if not 0 < self.memory_share <= 1:

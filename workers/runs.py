@@ -25,7 +25,7 @@ from workers.metrics import WorkerMetrics
 from workers.peer import PeerPool
 from workers.plan_wire import write_node
 from workers.spans import SubtreeSpans
-from workers.store import HeldRequest, copy_shards
+from workers.store import HeldRequest
 from workers.tensor_stream import Limits, NamedTensor
 from workers.tracing import Tracing
 from workers.wire import (
@@ -223,9 +223,11 @@ class Runner:
         """
         freed = 0
         for shards, shard in held.shards_below(node_id):
-            (smaller,) = copy_shards([shard])
             # Now: an answer that begins meanwhile takes the shard apart.
+            smaller = shard.copy()
             before = smaller.nbytes
+            if smaller.elsewhere is not None:
+                smaller.elsewhere.select(kept)
             await self.engine.move(smaller.select_, kept)
             where = next((i for i, other in enumerate(shards) if other is shard), None)
             if where is not None:

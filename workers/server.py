@@ -22,6 +22,7 @@ from workers.call_context import CallContext
 from workers.engine import Engine, LoadedModel
 from workers.metrics import MetricsPort, WorkerMetrics
 from workers.options import WorkerOptions
+from workers.ranked_model import load_on_all_ranks
 from workers.servicer import WorkerServicer
 from workers.tracing import Tracing, connect_tracing
 from workers.transport import SERVER_OPTIONS, SERVICE, worker_handlers
@@ -101,7 +102,8 @@ class WorkerServer:
                 self._metrics_port = MetricsPort(
                     metrics.registry, self.host, self.options.metrics_port
                 )
-            model = await self._engine.step(LoadedModel.load, self.options)
+            load = LoadedModel.load if self.options.engine == "torch" else load_on_all_ranks
+            model = await self._engine.step(load, self.options)
             self._servicer.ready(model, metrics_port=self.metrics_port or 0)
         except BaseException:
             await self.stop(0)

@@ -37,7 +37,7 @@ from workers.store import HeldRequest, Store
 from workers.telling import worker_info, worker_stats
 from workers.tensor_stream import Spec
 from workers.tracing import Tracing
-from workers.wire import gather_tensors, read_sampling, state_tensors
+from workers.wire import read_sampling, state_tensors
 from workers.wire_format import WireFormat
 
 _log = logging.getLogger(__name__)
@@ -95,8 +95,10 @@ class WorkerServicer:
             When the worker's share of the memory has no room beside the model.
         """
         options, device = self._options, model.stack.device
+        # On the CPU its ranks take from the same memory.
+        sharing = options.ranks if device.type == "cpu" else 1
         self._budget.total_bytes = (
-            automatic_bytes(device_memory(device), options.memory_share)
+            automatic_bytes(device_memory(device), options.memory_share / sharing)
             if options.memory_budget == "auto"
             else parse_bytes(options.memory_budget)
         )
@@ -112,7 +114,7 @@ class WorkerServicer:
             self._metrics,
             self._tracing,
         )
-        batcher = Batcher(model.stack, self._engine, self._metrics.decode_step)
+        batcher = Batcher(model.decode, self._engine, self._metrics.decode_step)
         self._answers = Answering(
             model,
             self._engine,
@@ -154,6 +156,8 @@ class WorkerServicer:
             self._store.take(held.spec.request_id)
             held.clear()
         await self._peers.close()
+        if self._runner is not None:
+            await asyncio.to_thread(self._runner.model.close)
 
     async def RunSubtree(  # noqa: N802
         self, request: worker_pb2.RunSubtreeRequest, context: Context
@@ -219,7 +223,8 @@ class WorkerServicer:
     ) -> AsyncIterator[bytes]:
         async with self._call(context):
             held = self._store.get(request.request_id)
-            tensors = state_tensors(held.state(read_node(request.node)))
+            state = held.state(read_node(request.node))
+            tensors = state_tensors(await self._worker.model.whole_state(self._engine, state))
             specs = [Spec.of(named) for named in tensors]
             sending = self._send(specs, [named.tensor for named in tensors], request.transfer)
             async with aclosing(sending) as messages:
@@ -233,7 +238,7 @@ class WorkerServicer:
             held = self._store.get(request.request_id)
             kept = self._indices(request.context_indices)
             shards = held.snapshot()
-            specs, tensors = await self._engine.move(gather_tensors, shards, kept, self._stack)
+            specs, tensors = await self._worker.model.rows(self._engine, shards, kept)
             sending = self._send(specs, tensors, request.transfer)
             async with aclosing(sending) as messages:
                 async for message in messages:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from homer.context import CompressedContext
@@ -94,7 +94,7 @@ class HeldRequest:
 
     def snapshot(self) -> list[KVShard]:
         """All shards as they are now, whatever happens to them later."""
-        return copy_shards(self.all_shards())
+        return [shard.copy() for shard in self.all_shards()]
 
     @property
     def is_empty(self) -> bool:
@@ -126,11 +126,6 @@ class HeldRequest:
         """KV shards, and the final cache once they have gone into it."""
         context = self.context.nbytes if self.context is not None else 0
         return context + sum(shard.nbytes for shard in self.all_shards())
-
-
-def copy_shards(shards: Iterable[KVShard]) -> list[KVShard]:
-    """Copies that share the tensors: who works on a copy and fails leaves the original whole."""
-    return [replace(shard, keys=list(shard.keys), values=list(shard.values)) for shard in shards]
 
 
 class Store:

@@ -8,6 +8,7 @@ import typer
 
 from cluster.cli import settings
 from cluster.cli.settings import DEFAULTS
+from homer.engines import Engine
 
 
 def serve(
@@ -40,6 +41,9 @@ def serve(
     idle_seconds: settings.IdleSeconds = DEFAULTS.idle_seconds,
     cpu_workers: settings.CpuWorkers = DEFAULTS.cpu_workers,
     gpus_per_worker: settings.GpusPerWorker = DEFAULTS.gpus_per_worker,
+    engine: settings.EngineOption = DEFAULTS.engine,
+    ranks: settings.Ranks = DEFAULTS.ranks,
+    zero_offload: settings.ZeroOffload = DEFAULTS.zero_offload,
     placement: settings.PlacementOption = DEFAULTS.placement,
     resources: settings.Resources = None,
     labels: settings.Labels = None,
@@ -75,6 +79,9 @@ def serve(
         cpu_workers=cpu_workers,
         threads=threads,
         gpus_per_worker=gpus_per_worker,
+        engine=cast(Engine, engine),
+        ranks=ranks,
+        zero_offload=zero_offload,
         placement=cast(Placement, placement),
         resources=resources or {},
         labels=labels or {},

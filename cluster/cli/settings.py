@@ -17,6 +17,7 @@ import typer
 
 from cluster.options import CompressionOverrides, ServeOptions
 from cluster.placement import PLACEMENTS
+from homer.engines import ENGINES
 
 DEFAULTS = ServeOptions(model="")
 
@@ -56,6 +57,29 @@ Dtype = Annotated[
     str,
     typer.Option(
         help="float32, bfloat16, float16, or auto: the checkpoint's own.", rich_help_panel=_CLUSTER
+    ),
+]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        help=f"What runs the model of each worker: {', '.join(ENGINES)}; docs/parallel.md.",
+        rich_help_panel=_CLUSTER,
+    ),
+]
+Ranks = Annotated[
+    int,
+    typer.Option(
+        help="Processes that together are one worker, each with its own GPU or --threads.",
+        min=1,
+        rich_help_panel=_CLUSTER,
+    ),
+]
+ZeroOffload = Annotated[
+    str,
+    typer.Option(
+        help="Where deepspeed-zero3 keeps weights: none (on the GPU), cpu, or a folder.",
+        rich_help_panel=_CLUSTER,
     ),
 ]
 Bias = Annotated[
