@@ -249,7 +249,7 @@ def sampling_from_wire(wire: sampling_pb2.SamplingParams) -> Sampling:
 def event_to_wire(event: ServiceEvent, with_indices: bool) -> pb.GenerateResponse:
     """An event of the service as it travels."""
     match event:
-        case Accepted(request_id, job, subtrees):
+        case Accepted(request_id, job, subtrees, uncalibrated):
             plan = job.plan
             return pb.GenerateResponse(
                 accepted=pb.Accepted(
@@ -259,6 +259,7 @@ def event_to_wire(event: ServiceEvent, with_indices: bool) -> pb.GenerateRespons
                     levels=plan.height + 1,
                     merges=len(plan.merges),
                     subtrees=subtrees,
+                    uncalibrated=uncalibrated,
                 )
             )
         case JobProgress(done):

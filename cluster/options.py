@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from cluster.placement import PLACEMENTS, Place, Placement, WorkerSpec
 from cluster.service import Limits
-from homer.config import PlanKind
+from homer.config import PlanKind, ScoreKind
 from homer.engines import Engine, check_engine
 from homer.errors import ConfigError
 from workers.budget import parse_bytes
@@ -31,6 +31,7 @@ class CompressionOverrides:
     plan: PlanKind | None = None
     fan_in: int | None = None
     refresh_suffix: bool | None = None
+    score: ScoreKind | None = None
 
     def given(self) -> dict[str, int | bool | str]:
         """The settings that are not None."""

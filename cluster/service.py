@@ -68,11 +68,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The request was understood and planned."""
+    """The request was understood and planned.
+
+    It is `uncalibrated` where its score wants a calibration bias and the workers have none.
+    """
 
     request_id: str
     job: Job
     subtrees: int
+    uncalibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,8 @@ class LongContextService:
         log_about(request_id=request_id)
         job = await asyncio.to_thread(self._prepare, request, request_id)
         log_about(request_id=job.request_id)
-        yield Accepted(request_id, job, self.scheduler.subtrees(job.plan))
+        uncalibrated = job.plan.config.wants_bias and not self.info.calibrated
+        yield Accepted(request_id, job, self.scheduler.subtrees(job.plan), uncalibrated)
         text = self._tokenizer.stream() if self._tokenizer else None
         token_ids: list[int] = []
         pieces: list[str] = []

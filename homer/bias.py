@@ -6,7 +6,9 @@ Knows nothing about how a bias is measured (`homer.calibration`) or used (`homer
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,8 +17,11 @@ from safetensors.torch import save_file
 
 from homer.errors import BiasError
 from homer.shape import BIAS_FILE as BIAS_FILE
+from homer.shape import UNCALIBRATED
+from homer.shape import find_bias as find_bias
 
 _METADATA_KEY = "homer"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,15 @@ def check_bias(bias: torch.Tensor, *, num_layers: int, max_distance: int) -> Non
 
 def save_bias(path: str | Path, bias: torch.Tensor, info: BiasInfo) -> None:
     """Write `bias` of shape (num_layers, max_distance + 1) and what it was measured on."""
+    path = Path(path)
+    new = path.with_name(path.name + ".new")
     save_file(
         {"bias": bias.float().contiguous()},
-        path,
+        new,
         metadata={_METADATA_KEY: json.dumps(asdict(info))},
     )
+    # A model that is loaded meanwhile finds the whole file or none.
+    new.replace(path)
 
 
 def load_bias(
@@ -96,7 +105,7 @@ def load_bias(
     return bias
 
 
-def find_bias(model_path: str | Path) -> Path | None:
-    """The bias file beside a model's files, if there is one."""
-    path = Path(model_path) / BIAS_FILE
-    return path if path.is_file() else None
+@cache
+def warn_uncalibrated() -> None:
+    """Log what running without a bias costs, once in a process."""
+    _log.warning(UNCALIBRATED)

@@ -10,7 +10,7 @@ ship files and no code).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -20,16 +20,62 @@ from homer.stack import LayerStack
 
 
 @torch.inference_mode()
-def measure_bias(
-    stack: LayerStack,
-    chunks: Sequence[torch.Tensor],
-    prefix_ids: torch.Tensor | None = None,
-    on_chunk: Callable[[int, int], None] | None = None,
-) -> torch.Tensor:
-    """The bias over `chunks` of ordinary text.
+def chunk_scores(stack: LayerStack, chunk: torch.Tensor, prefix_ids: torch.Tensor) -> torch.Tensor:
+    """Scores of one chunk by distance, in every layer.
 
-    In every layer the last token of a chunk stands for the question: its scores against the tokens
-    before it are averaged at each distance.
+    The last token of the chunk stands for the question.
+
+    Parameters
+    ----------
+    stack : LayerStack
+    chunk : torch.Tensor of shape (chunk_len,), integer
+        Token ids of ordinary text.
+    prefix_ids : torch.Tensor of shape (n,), integer
+        Put before the chunk, as in use (a beginning-of-sequence token, say); not measured itself.
+
+    Returns
+    -------
+    torch.Tensor of shape (num_layers, chunk_len), float32, on the CPU
+        Distances from 0, the last token itself, to chunk_len - 1.
+    """
+    front = stack.check_ids("prefix_ids", prefix_ids)
+    ids = torch.cat((front, stack.check_ids("chunk", chunk)))
+    rows: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int, scores: torch.Tensor) -> None:
+        rows[layer] = scores[len(front) :].flip(0).float().cpu()
+
+    positions = torch.arange(len(ids), device=stack.device)
+    node_pass = NodePass(span=len(ids), on_scores=keep, keep_kv=False)
+    stack.run(stack.embed(ids), positions, range(stack.num_layers), node_pass)
+    return torch.stack([rows[layer] for layer in range(stack.num_layers)])
+
+
+class MeanScores:
+    """The mean over chunks that come one by one: in float64, so that only their order counts.
+
+    `total` is the sum so far, of shape (num_layers, chunk_len), over `chunks` chunks.
+    """
+
+    def __init__(self, num_layers: int, chunk_len: int) -> None:
+        self.total = torch.zeros(num_layers, chunk_len, dtype=torch.float64)
+        self.chunks = 0
+
+    def add(self, scores: torch.Tensor) -> None:
+        """Add the scores of the next chunk, as `chunk_scores` gives them."""
+        self.total += scores
+        self.chunks += 1
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Shape (num_layers, chunk_len), float32."""
+        return (self.total / self.chunks).float()
+
+
+def measure_bias(
+    stack: LayerStack, chunks: Sequence[torch.Tensor], prefix_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The bias over `chunks` of ordinary text, in this process.
 
     Parameters
     ----------
@@ -37,9 +83,7 @@ def measure_bias(
     chunks : sequence of torch.Tensor of shape (chunk_len,), integer
         Token ids, all of one length.
     prefix_ids : torch.Tensor of shape (n,), optional
-        Put before each chunk, as in use (a beginning-of-sequence token, say); not measured itself.
-    on_chunk : callable, optional
-        Called with (chunks done, chunks in all).
+        As in `chunk_scores`.
 
     Returns
     -------
@@ -55,26 +99,14 @@ def measure_bias(
     if len(lengths) != 1 or 0 in lengths:
         raise PromptError(
             f"calibration needs chunks of one length, not of {sorted(lengths) or 'none'}; give "
-            f"more text "
-            "or a shorter chunk length"
+            f"more text or a shorter chunk length"
         )
-    chunk_len = lengths.pop()
-    front = torch.tensor([], dtype=torch.int64) if prefix_ids is None else prefix_ids
-    front = stack.check_ids("prefix_ids", front)
-    totals = torch.zeros(stack.num_layers, chunk_len, dtype=torch.float64, device=stack.device)
-
-    def add(layer: int, scores: torch.Tensor) -> None:
-        # Slots from the front to the last one are distances from chunk_len - 1 down to 0.
-        totals[layer] += scores[len(front) :].flip(0)
-
-    positions = torch.arange(len(front) + chunk_len, device=stack.device)
-    for done, chunk in enumerate(chunks, start=1):
-        ids = torch.cat((front, stack.check_ids("chunk", chunk)))
-        node_pass = NodePass(span=len(ids), on_scores=add, keep_kv=False)
-        stack.run(stack.embed(ids), positions, range(stack.num_layers), node_pass)
-        if on_chunk is not None:
-            on_chunk(done, len(chunks))
-    return (totals / len(chunks)).float().cpu()
+    if prefix_ids is None:
+        prefix_ids = torch.tensor([], dtype=torch.int64)
+    scores = MeanScores(stack.num_layers, lengths.pop())
+    for chunk in chunks:
+        scores.add(chunk_scores(stack, chunk, prefix_ids))
+    return scores.mean
 
 
 def cut_chunks(ids: torch.Tensor, chunk_len: int, samples: int) -> list[torch.Tensor]:

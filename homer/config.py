@@ -87,6 +87,11 @@ class HomerConfig:
         """The authors' method to the letter: their plan, suffix states averaged, no refresh."""
         return cls(**{"plan": "paper", "refresh_suffix": False, **settings})
 
+    @property
+    def wants_bias(self) -> bool:
+        """Whether a calibration bias is used: it is the mean of the paper's scores, no others."""
+        return self.score == "max_logit"
+
     def replace(self, **changes: Any) -> HomerConfig:
         """A copy with some settings changed."""
         return dataclasses.replace(self, **changes)

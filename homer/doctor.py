@@ -20,7 +20,7 @@ from homer.cost import PlanCost
 from homer.errors import BiasError, ModelError, PlanError
 from homer.families import Window
 from homer.plan import MergePlan
-from homer.shape import ModelShape, defaults_for, load_config, settings_sources
+from homer.shape import UNCALIBRATED, ModelShape, defaults_for, load_config, settings_sources
 from homer.stack import LayerStack
 
 _DOCUMENT_WINDOWS = 16
@@ -135,7 +135,7 @@ def _calibration(
 ) -> tuple[bool, list[str]]:
     file = find_bias(path_or_id)
     if file is None:
-        return False, ["not calibrated: it works, and keeps somewhat worse tokens; homer calibrate"]
+        return False, [UNCALIBRATED] if settings.wants_bias else []
     try:
         bias = load_bias(file, num_layers=stack.num_layers, hidden_size=stack.hidden_size)
     except BiasError as error:

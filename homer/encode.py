@@ -277,8 +277,7 @@ class TreeEncoder:
     def _calibrated(
         self, scores: torch.Tensor, positions: torch.Tensor, layer: int
     ) -> torch.Tensor:
-        # A bias is the mean of the paper's scores; it says nothing about others.
-        if self.bias is None or self.plan.config.score != "max_logit":
+        if self.bias is None or not self.plan.config.wants_bias:
             return scores
         return scores - self.bias[layer].to(scores)[positions[-1] - positions]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from homer.attention import NodePass
-from homer.bias import find_bias, load_bias
+from homer.bias import find_bias, load_bias, warn_uncalibrated
 from homer.config import HomerConfig
 from homer.context import CompressedContext
 from homer.encode import NodeReport, TreeEncoder
@@ -34,7 +34,7 @@ class HomerModel:
         A decoder-only causal LM.
     config : HomerConfig
     bias : torch.Tensor of shape (num_layers, max_distance + 1), optional
-        Calibration bias. None means zeros: it works, and keeps somewhat worse tokens.
+        Calibration bias. None means zeros, and a warning about what that costs.
 
     Raises
     ------
@@ -60,6 +60,8 @@ class HomerModel:
                 f"{self.stack.num_layers} layers and needs ({self.stack.num_layers}, distances); "
                 "calibrate it for this model"
             )
+        if bias is None and config.wants_bias:
+            warn_uncalibrated()
         self.bias = None if bias is None else bias.to(self.stack.device)
 
     @classmethod

@@ -15,13 +15,20 @@ from rich.tree import Tree
 from homer.config import HomerConfig
 from homer.cost import PlanCost, node_flops
 from homer.plan import MergePlan, NodeId
-from homer.shape import ModelShape
+from homer.shape import BIAS_FILE, UNCALIBRATED, ModelShape
 
 
 def plan_summary(
-    plan: MergePlan, cost: PlanCost, shape: ModelShape, sources: dict[str, str]
+    plan: MergePlan,
+    cost: PlanCost,
+    shape: ModelShape,
+    sources: dict[str, str],
+    calibrated: bool | None = None,
 ) -> dict[str, Any]:
-    """The plan, its cost and where its settings come from as plain values, for JSON."""
+    """The plan, its cost and where its settings come from as plain values, for JSON.
+
+    `calibrated` is None where no model is given.
+    """
     return {
         "prompt_tokens": plan.prompt_len,
         "prefix_tokens": plan.prefix_len,
@@ -32,6 +39,7 @@ def plan_summary(
         "window_source": shape.window_source,
         "config": asdict(plan.config),
         "setting_sources": sources,
+        "calibrated": calibrated,
         "leaves": len(plan.leaves),
         "merges": len(plan.merges),
         "fan_in": plan.fan_in,
@@ -44,7 +52,11 @@ def plan_summary(
 
 
 def plan_facts(
-    plan: MergePlan, cost: PlanCost, shape: ModelShape, sources: dict[str, str]
+    plan: MergePlan,
+    cost: PlanCost,
+    shape: ModelShape,
+    sources: dict[str, str],
+    calibrated: bool | None = None,
 ) -> Table:
     """What holds for the plan as a whole, one fact a row."""
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -52,6 +64,9 @@ def plan_facts(
     table.add_column()
     leaves = len(plan.leaves)
     add_settings(table, plan.config, shape, sources)
+    table.add_row("score", plan.config.score)
+    if calibrated is not None and plan.config.wants_bias:
+        table.add_row("calibrated", f"by {BIAS_FILE} beside it" if calibrated else UNCALIBRATED)
     table.add_row(
         "prompt",
         f"{plan.prompt_len:,} tokens ({plan.prefix_len:,} prefix + {plan.context_len:,} context "

@@ -1,7 +1,7 @@
 """A model's dimensions and recommended settings, from the files beside its weights.
 
 Configs are read by transformers, which knows what a family's config leaves out; it is imported only
-when one is read. Knows nothing about trees or machines.
+where a config leaves something out. Knows nothing about trees or machines.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from typing import Any
 from homer.config import HomerConfig
 from homer.errors import ConfigError, ModelError
 from homer.families import active_mlp_width, cache_row, describe_window, family_of, usable_window
+from homer.plain_config import plain_config
 
 DEFAULTS_FILE = "homer.json"
 BIAS_FILE = "bias.safetensors"
+UNCALIBRATED = (
+    "no calibration bias: tokens may be kept for where they stand, not for what they say. The "
+    "paper's answers are worse without; the demo model's are not (docs/benchmarks.md). Measure one "
+    "with homer calibrate --model MODEL --text FILE"
+)
 _VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -59,12 +65,17 @@ class ModelShape:
         ModelError
             When there is no config, or Homer cannot run such a model.
         """
-        return cls.of(load_config(path_or_id))
+        file = Path(path_or_id) / "config.json"
+        plain = plain_config(_read_json(file)) if file.is_file() else None
+        return cls._of_decoder(plain) if plain else cls.of(load_config(path_or_id))
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
         """The dimensions that a transformers config says, of a decoder or of what holds one."""
-        config = config.get_text_config(decoder=True)
+        return cls._of_decoder(config.get_text_config(decoder=True))
+
+    @classmethod
+    def _of_decoder(cls, config: Any) -> ModelShape:
         family = family_of(config)
         row = cache_row(config, family)
         heads = config.num_attention_heads
@@ -123,6 +134,12 @@ def defaults_for(
     if settings is None:
         return shape().recommended_config(**given)
     return HomerConfig(**{**settings, **given})
+
+
+def find_bias(path_or_id: str | Path) -> Path | None:
+    """The bias file beside a model's files, if there is one."""
+    path = Path(path_or_id) / BIAS_FILE
+    return path if path.is_file() else None
 
 
 def settings_sources(path_or_id: str | Path | None, **given: Any) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from homer.bias import find_bias, load_bias
+from homer.bias import find_bias, load_bias, warn_uncalibrated
 from homer.context import CompressedContext
 from homer.decode import DecodeCache, decode_step
 from homer.encode import TreeEncoder
@@ -69,7 +69,9 @@ class LoadedModel:
         stack = LayerStack(model)
         bias_path = options.bias or find_bias(options.model)
         bias = None
-        if bias_path is not None:
+        if bias_path is None:
+            warn_uncalibrated()
+        else:
             bias = load_bias(
                 bias_path, num_layers=stack.num_layers, hidden_size=stack.hidden_size
             ).to(stack.device)

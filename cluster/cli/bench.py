@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 from cluster.cli import bench_cluster, bench_decode, bench_simulate
 from cluster.cli.bench_output import OUT, Out, machine_facts, measuring, print_table, save_results
+from homer.config import ScoreKind
 
 if TYPE_CHECKING:
     from homer.bench.methods import Method
@@ -45,10 +46,17 @@ Model = Annotated[
 ]
 Lengths = Annotated[str, typer.Option(help="Prompt lengths: multiples of the window, or tokens.")]
 Samples = Annotated[int, typer.Option(help="Samples per length.", min=1)]
-Methods = Annotated[str, typer.Option(help="Which of: " + METHODS.replace(",", ", ") + ".")]
+Methods = Annotated[
+    str,
+    typer.Option(help="Which of: " + METHODS.replace(",", ", ") + "; and uncalibrated, no bias."),
+]
 Variants = Annotated[
     list[str] | None,
     typer.Option("--variant", help="Other settings: name:field=value,field=value. Repeatable."),
+]
+Scores = Annotated[
+    list[str] | None,
+    typer.Option("--score", help=f"Others too: {', '.join(get_args(ScoreKind))}. Repeatable."),
 ]
 PlainSamples = Annotated[
     int | None,
@@ -73,6 +81,7 @@ class QualityOptions:
     samples: int = 100
     methods: str = METHODS
     variants: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
     plain_samples: int | None = None
     plain_max_length: str | None = None
     keys: int | None = None
@@ -137,6 +146,7 @@ def passkey(
     samples: Samples = _DEFAULT.samples,
     methods: Methods = _DEFAULT.methods,
     variants: Variants = None,
+    scores: Scores = None,
     plain_samples: PlainSamples = _DEFAULT.plain_samples,
     plain_max_length: PlainMaxLength = _DEFAULT.plain_max_length,
     seed: Seed = _DEFAULT.seed,
@@ -159,6 +169,7 @@ def multikey(
     samples: Samples = _DEFAULT.samples,
     methods: Methods = _DEFAULT.methods,
     variants: Variants = None,
+    scores: Scores = None,
     plain_samples: PlainSamples = _DEFAULT.plain_samples,
     plain_max_length: PlainMaxLength = _DEFAULT.plain_max_length,
     keys: Annotated[int | None, typer.Option(help="Keys in the text.", min=1)] = None,
@@ -196,7 +207,8 @@ def everything(model: Model = None, out: Out = OUT) -> None:
 
 
 def _options(given: dict[str, Any]) -> QualityOptions:
-    return QualityOptions(**{**given, "variants": tuple(given["variants"] or ())})
+    lists = {name: tuple(given[name] or ()) for name in ("variants", "scores")}
+    return QualityOptions(**{**given, **lists})
 
 
 def _speed(lengths: str, runs: int, threads: int, out: Path) -> None:
@@ -306,6 +318,7 @@ def _quality(task: Literal["passkey", "multikey"], options: QualityOptions) -> N
             [name for name in options.methods.split(",") if name],
             options.variants,
             homer_defaults(model),
+            options.scores,
         ),
         samples=options.samples,
         plain_samples=options.plain_samples,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from homer.errors import PromptError
 from homer.shape import BIAS_FILE
@@ -17,24 +15,41 @@ from homer.shape import BIAS_FILE
 def calibrate(
     model: Annotated[str, typer.Option(help="Folder in Hugging Face format, or a model id.")],
     text: Annotated[
-        list[Path], typer.Option(help="Text file; give the option again for more files.")
+        list[Path],
+        typer.Option(
+            help="File with text: .jsonl is JSON lines, .pdf is PDF, all else is plain text. Give "
+            "the option again for more files."
+        ),
     ],
+    field: Annotated[str, typer.Option(help="Field of JSON lines that holds the text.")] = "text",
     out: Annotated[
         Path | None, typer.Option(help=f"File to write; by default {BIAS_FILE} beside the model.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the bias, by distance and layer: a .png or .svg.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Chunks of text to measure.")] = 100,
     chunk_len: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens of a chunk; by default the longest a plan makes."),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Processes, each with a model of its own; GPUs are shared out."),
+    ] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:0, …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget what a stopped run has done.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Measure how the attention of ordinary text depends on distance, layer by layer.
 
     The result lets Homer keep what the question looks at, not what stands near it. About 100 chunks
-    of the kind of text that you have are enough. A file beside the model is found by itself.
+    of the kind of text that you have are enough. A file beside the model is found by itself. A run
+    that was stopped goes on when it is started again.
     """
     missing = [str(file) for file in text if not file.is_file()]
     if missing:
@@ -43,46 +58,94 @@ def calibrate(
         raise PromptError(f"{model!r} is no folder to write {BIAS_FILE} into; give --out")
     target = out or Path(model) / BIAS_FILE
 
+    from homer.bias import BiasInfo, save_bias
+    from homer.bias_plot import check_can_plot, plot_bias
+    from homer.calibration_run import CalibrationRun
+    from homer.shape import ModelShape
+
+    if plot is not None:
+        check_can_plot()
+    chunks, prefix_ids = _chunks(model, text, field, chunk_len, samples)
+    if len(chunks) < samples:
+        _say(
+            f"the text has room for {len(chunks)} chunks of {len(chunks[0])} tokens, not {samples}"
+        )
+    state_file = target.with_name(target.name + ".part")
+    if fresh:
+        state_file.unlink(missing_ok=True)
+    run = CalibrationRun(
+        model=model,
+        chunks=chunks,
+        prefix_ids=prefix_ids,
+        state_file=state_file,
+        workers=min(workers, len(chunks)),
+        threads=threads,
+        device=device,
+        dtype=dtype,
+    )
+    bias = _measure(run)
+    info = BiasInfo(
+        model=Path(model).name,
+        num_layers=len(bias),
+        hidden_size=ModelShape.load(model).hidden_size,
+        chunk_len=bias.shape[1],
+        samples=len(chunks),
+    )
+    save_bias(target, bias, info)
+    state_file.unlink()
+    if plot is not None:
+        plot_bias(plot, bias, f"Calibration bias of {info.model}, {info.samples} chunks")
+    if as_json:
+        typer.echo(json.dumps({"bias": str(target), "shape": list(bias.shape), **vars(info)}))
+    else:
+        typer.echo(f"{target}: bias of {tuple(bias.shape)} from {len(chunks)} chunks")
+
+
+def _chunks(
+    model: str, text: list[Path], field: str, chunk_len: int | None, samples: int
+) -> tuple[list[list[int]], list[int]]:
+    """Chunks of the text, and the token ids that come before each."""
     import torch
 
     from cluster.text import PromptTokenizer
-    from homer.bias import BiasInfo, save_bias
-    from homer.calibration import cut_chunks, measure_bias
-    from homer.loading import load_model
+    from homer.calibration import cut_chunks
+    from homer.documents import read_documents
     from homer.shape import homer_defaults
-    from homer.stack import LayerStack
 
+    words = read_documents(text, field)
     config = homer_defaults(model)
     length = chunk_len or max(config.max_chunk_len, config.max_initial_chunk_len or 0)
     tokenizer = PromptTokenizer.load(model)
     if tokenizer is None:
         raise PromptError(f"{model!r} has no tokenizer; calibration needs text as token ids")
-    words = "\n".join(file.read_text(encoding="utf-8") for file in text)
     ids = tokenizer.prompt_ids("", words, "")
     chunks = cut_chunks(torch.tensor(ids.context), length, samples)
-    stack = LayerStack(load_model(model, device=device, dtype=dtype))
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Calibrating", total=len(chunks))
-        bias = measure_bias(
-            stack,
-            chunks,
-            torch.tensor(ids.prefix, dtype=torch.int64),
-            on_chunk=lambda done, _: progress.update(task, completed=done),
-        )
-    info = BiasInfo(
-        model=Path(model).name,
-        num_layers=stack.num_layers,
-        hidden_size=stack.hidden_size,
-        chunk_len=length,
-        samples=len(chunks),
-    )
-    save_bias(target, bias, info)
-    if len(chunks) < samples:
-        typer.echo(
-            f"homer: the text has room for {len(chunks)} chunks of {length} tokens, not {samples}",
-            err=True,
-        )
-    if as_json:
-        typer.echo(json.dumps({"bias": str(target), "shape": list(bias.shape), **vars(info)}))
-    else:
-        typer.echo(f"{target}: bias of {tuple(bias.shape)} from {len(chunks)} chunks")
+    return [chunk.tolist() for chunk in chunks], ids.prefix
+
+
+def _measure(run: Any) -> Any:
+    """The bias, with a bar; where there is no terminal, a line now and then."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from homer.calibration_run import run_calibration
+
+    console = Console(stderr=True)
+    begun: int | None = None
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Calibrating", total=len(run.chunks))
+
+        def on_chunk(done: int) -> None:
+            nonlocal begun
+            progress.update(task, completed=done)
+            if begun is None and done:
+                _say(f"{run.state_file}: going on after {done} of {len(run.chunks)} chunks")
+            elif not console.is_terminal and done and done % 100 == 0:
+                _say(f"{done} of {len(run.chunks)} chunks")
+            begun = done
+
+        return run_calibration(run, on_chunk)
+
+
+def _say(text: str) -> None:
+    typer.echo(f"homer: {text}", err=True)

@@ -15,6 +15,7 @@ from cluster.cli import settings
 from cluster.cli.settings import DEFAULTS
 from cluster.errors import ServiceError
 from homer.errors import PromptError
+from homer.shape import UNCALIBRATED
 
 EXIT_INTERRUPTED = 130
 # A coordinator that dies is back in about five seconds.
@@ -63,6 +64,7 @@ def generate(
     warmup_layers: settings.WarmupLayers = None,
     max_initial_chunk_len: settings.MaxInitialChunkLen = None,
     fan_in: settings.FanIn = None,
+    score: settings.Score = None,
     paper: settings.Paper = False,
 ) -> None:
     """Ask one question about one document, on a cluster for this question alone or on a service.
@@ -81,6 +83,7 @@ def generate(
         warmup_layers=warmup_layers,
         max_initial_chunk_len=max_initial_chunk_len,
         fan_in=fan_in,
+        score=score,
     )
     request: dict[str, Any] = {
         "context": document,
@@ -150,12 +153,15 @@ def _ask(server: str, retries: int, request: dict[str, Any], view: Any, as_json:
     from cluster.client import HomerClient
     from homer.v1 import long_context_pb2 as pb
 
-    told = 0
+    told, warned = 0, False
     with HomerClient(server, retries=retries) as client:
         for event in client.generate(**request):
             match event:
                 case pb.Accepted():
                     view.accepted(event)
+                    if event.uncalibrated and not warned:
+                        warned = True
+                        typer.echo(f"homer: {UNCALIBRATED}", err=True)
                 case pb.Progress():
                     view.progress(event)
                 case pb.Token() if not as_json:

@@ -1,6 +1,6 @@
 """`homer plan`: what a prompt of some length would cost, before anything is loaded.
 
-Needs neither Ray nor weights; without --model not even torch.
+Needs neither Ray nor weights, and torch only for a model whose config leaves things out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from cluster.cli.settings import (
     MaxChunkLen,
     MaxInitialChunkLen,
     Paper,
+    Score,
     TargetLen,
     WarmupLayers,
     overrides,
@@ -23,7 +24,7 @@ from cluster.cli.settings import (
 from homer.config import HomerConfig
 from homer.errors import ConfigError
 from homer.plan import MergePlan
-from homer.shape import ModelShape, defaults_for, settings_sources
+from homer.shape import ModelShape, defaults_for, find_bias, settings_sources
 
 _MODEL = "Model"
 _DIMENSIONS = "Model dimensions, where no --model is given (defaults: Llama-2-7B)"
@@ -51,6 +52,7 @@ def plan(
     warmup_layers: WarmupLayers = None,
     max_initial_chunk_len: MaxInitialChunkLen = None,
     fan_in: FanIn = None,
+    score: Score = None,
     paper: Paper = False,
     tree: Annotated[bool, typer.Option("--tree", help="Print every node.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
@@ -72,6 +74,7 @@ def plan(
         warmup_layers=warmup_layers,
         max_initial_chunk_len=max_initial_chunk_len,
         fan_in=fan_in,
+        score=score,
     )
     given = {name: value for name, value in dimensions.items() if value is not None}
     shape, config = _resolve(model, given, settings.given())
@@ -79,7 +82,8 @@ def plan(
         prefix_tokens, context_tokens, suffix_tokens, shape.num_layers, config
     )
     sources = settings_sources(model, **settings.given())
-    _show(merge_plan, shape, sources, tree=tree, as_json=as_json)
+    calibrated = None if model is None else find_bias(model) is not None
+    _show(merge_plan, shape, sources, calibrated, tree=tree, as_json=as_json)
 
 
 def _resolve(
@@ -98,7 +102,13 @@ def _resolve(
 
 
 def _show(
-    plan: MergePlan, shape: ModelShape, sources: dict[str, str], *, tree: bool, as_json: bool
+    plan: MergePlan,
+    shape: ModelShape,
+    sources: dict[str, str],
+    calibrated: bool | None,
+    *,
+    tree: bool,
+    as_json: bool,
 ) -> None:
     from rich.console import Console
 
@@ -107,10 +117,10 @@ def _show(
 
     cost = PlanCost.of(plan, shape)
     if as_json:
-        typer.echo(json.dumps(plan_summary(plan, cost, shape, sources)))
+        typer.echo(json.dumps(plan_summary(plan, cost, shape, sources, calibrated)))
         return
     console = Console()
-    console.print(plan_facts(plan, cost, shape, sources))
+    console.print(plan_facts(plan, cost, shape, sources, calibrated))
     console.print(plan_table(plan, cost))
     if tree:
         console.print(plan_tree(plan, shape), crop=False)

@@ -57,6 +57,7 @@ def serve(
     warmup_layers: settings.WarmupLayers = None,
     max_initial_chunk_len: settings.MaxInitialChunkLen = None,
     fan_in: settings.FanIn = None,
+    score: settings.Score = None,
     paper: settings.Paper = False,
 ) -> None:
     """Serve a model on a Ray cluster until Ctrl-C.
@@ -100,6 +101,7 @@ def serve(
             warmup_layers=warmup_layers,
             max_initial_chunk_len=max_initial_chunk_len,
             fan_in=fan_in,
+            score=score,
         ),
         limits=Limits(context_tokens=max_context_tokens),
         placement_timeout_seconds=placement_timeout,

@@ -17,6 +17,7 @@ import typer
 
 from cluster.options import CompressionOverrides, ServeOptions
 from cluster.placement import PLACEMENTS
+from homer.config import ScoreKind
 from homer.engines import ENGINES
 
 DEFAULTS = ServeOptions(model="")
@@ -252,6 +253,10 @@ MaxInitialChunkLen = Annotated[
 FanIn = Annotated[
     int | None,
     typer.Option(help="Most children per merge.", rich_help_panel=_COMPRESSION),
+]
+Score = Annotated[
+    ScoreKind | None,
+    typer.Option(help="What decides which tokens are kept.", rich_help_panel=_COMPRESSION),
 ]
 Paper = Annotated[
     bool,

@@ -1,8 +1,9 @@
 """The ways of answering that are measured side by side.
 
-*homer* and its variants compress; *plain* gives the model the whole prompt, far beyond its window
-if need be; *truncation* gives it the beginning and the last window-full; *yarn* is plain with
-positions scaled by YaRN. All answer greedily through the same decoding. Knows nothing about tasks.
+*homer* and its variants compress; *uncalibrated* is homer without the model's bias; *plain* gives
+the model the whole prompt, far beyond its window if need be; *truncation* gives it the beginning
+and the last window-full; *yarn* is plain with positions scaled by YaRN. All answer greedily through
+the same decoding. Knows nothing about tasks.
 """
 
 from __future__ import annotations
@@ -26,16 +27,20 @@ from homer.sampling import SamplingParams
 from homer.stack import LayerStack
 
 Kind = Literal["homer", "plain", "truncation", "yarn"]
-METHODS = ("homer", "paper", "plain", "truncation", "yarn")
+METHODS = ("homer", "paper", "plain", "truncation", "yarn", "uncalibrated")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way of answering; `config` are the settings of those that compress."""
+    """A way of answering; `config` are the settings of those that compress.
+
+    Those get the model's calibration bias where they are `calibrated`.
+    """
 
     name: str
     kind: Kind
     config: HomerConfig | None = None
+    calibrated: bool = True
 
     @property
     def is_full_attention(self) -> bool:
@@ -46,7 +51,7 @@ class Method:
     def settings(self) -> dict[str, Any]:
         """What the answers depend on, its name left out."""
         config = None if self.config is None else dataclasses.asdict(self.config)
-        return {"kind": self.kind, "config": config}
+        return {"kind": self.kind, "config": config, "calibrated": self.calibrated}
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,14 @@ class Answer:
 
 
 def choose_methods(
-    names: Sequence[str], variants: Sequence[str], base: HomerConfig
+    names: Sequence[str],
+    variants: Sequence[str],
+    base: HomerConfig,
+    scores: Sequence[str] = (),
 ) -> tuple[Method, ...]:
     """Methods by name, then variants of the settings, written `name:field=value,field=value`.
+
+    Each of `scores` is a variant that is called like its score.
 
     Raises
     ------
@@ -86,6 +96,7 @@ def choose_methods(
     """
     methods = [_method(name, base) for name in names]
     methods += [_variant(text, base) for text in variants]
+    methods += [Method(name, "homer", base.replace(score=name)) for name in scores]
     if len({method.name for method in methods}) < len(methods):
         raise ConfigError("two methods have the same name; give each variant a name of its own")
     return tuple(methods)
@@ -94,6 +105,8 @@ def choose_methods(
 def _method(name: str, base: HomerConfig) -> Method:
     if name == "homer":
         return Method(name, "homer", base)
+    if name == "uncalibrated":
+        return Method(name, "homer", base, calibrated=False)
     if name == "paper":
         lengths = ("max_chunk_len", "target_len", "warmup_layers", "max_initial_chunk_len")
         settings = {field: getattr(base, field) for field in lengths}
@@ -139,7 +152,8 @@ class Answerer:
         started = time.perf_counter()
         kept = torch.arange(len(prompt.context))
         if method.config is not None:
-            homer = HomerModel(self.model, method.config, self.bias)
+            bias = self.bias if method.calibrated else None
+            homer = HomerModel(self.model, method.config, bias)
             context = homer.compress(prompt.prefix, prompt.context, prompt.suffix)
             kept = context.context_indices.cpu()
             ids = self._generate(context, max_new_tokens)

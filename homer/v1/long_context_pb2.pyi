@@ -58,7 +58,7 @@ class TokenPrompt(_message.Message):
     def __init__(self, prefix_ids: _Optional[_Iterable[int]] = ..., context_ids: _Optional[_Iterable[int]] = ..., suffix_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CompressionOptions(_message.Message):
-    __slots__ = ("max_chunk_len", "target_len", "warmup_layers", "max_initial_chunk_len", "fan_in", "refresh_suffix", "plan")
+    __slots__ = ("max_chunk_len", "target_len", "warmup_layers", "max_initial_chunk_len", "fan_in", "refresh_suffix", "plan", "score")
     MAX_CHUNK_LEN_FIELD_NUMBER: _ClassVar[int]
     TARGET_LEN_FIELD_NUMBER: _ClassVar[int]
     WARMUP_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,7 @@ class CompressionOptions(_message.Message):
     FAN_IN_FIELD_NUMBER: _ClassVar[int]
     REFRESH_SUFFIX_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
     max_chunk_len: int
     target_len: int
     warmup_layers: int
@@ -73,7 +74,8 @@ class CompressionOptions(_message.Message):
     fan_in: int
     refresh_suffix: bool
     plan: _plan_pb2.PlanKind
-    def __init__(self, max_chunk_len: _Optional[int] = ..., target_len: _Optional[int] = ..., warmup_layers: _Optional[int] = ..., max_initial_chunk_len: _Optional[int] = ..., fan_in: _Optional[int] = ..., refresh_suffix: _Optional[bool] = ..., plan: _Optional[_Union[_plan_pb2.PlanKind, str]] = ...) -> None: ...
+    score: str
+    def __init__(self, max_chunk_len: _Optional[int] = ..., target_len: _Optional[int] = ..., warmup_layers: _Optional[int] = ..., max_initial_chunk_len: _Optional[int] = ..., fan_in: _Optional[int] = ..., refresh_suffix: _Optional[bool] = ..., plan: _Optional[_Union[_plan_pb2.PlanKind, str]] = ..., score: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "text", "tokens", "sampling", "compression", "return_kept_indices", "priority")
@@ -106,20 +108,22 @@ class GenerateResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("request_id", "prompt_tokens", "leaves", "levels", "merges", "subtrees")
+    __slots__ = ("request_id", "prompt_tokens", "leaves", "levels", "merges", "subtrees", "uncalibrated")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEAVES_FIELD_NUMBER: _ClassVar[int]
     LEVELS_FIELD_NUMBER: _ClassVar[int]
     MERGES_FIELD_NUMBER: _ClassVar[int]
     SUBTREES_FIELD_NUMBER: _ClassVar[int]
+    UNCALIBRATED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_tokens: int
     leaves: int
     levels: int
     merges: int
     subtrees: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., levels: _Optional[int] = ..., merges: _Optional[int] = ..., subtrees: _Optional[int] = ...) -> None: ...
+    uncalibrated: bool
+    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., levels: _Optional[int] = ..., merges: _Optional[int] = ..., subtrees: _Optional[int] = ..., uncalibrated: _Optional[bool] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("kind", "height", "index", "worker", "leaves_done", "leaves_total", "merges_done", "merges_total", "context_tokens_in", "context_tokens_out", "seconds")

@@ -10,8 +10,10 @@ from typing import Any, cast
 
 import grpc
 import pytest
+from typer.testing import CliRunner
 
 from cluster import retry
+from cluster.cli import app
 from cluster.client import HomerClient
 from cluster.door import GrpcDoor
 from cluster.errors import (
@@ -25,6 +27,7 @@ from cluster.retry import Replay, delay_seconds
 from cluster.seeing import Seeing
 from cluster.service import Limits
 from homer.errors import ConfigError, HomerError, PromptError
+from homer.shape import UNCALIBRATED
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc
 from tests.cluster.conftest import Run
@@ -82,6 +85,24 @@ def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(client: HomerClient, **given: Any) -> list[Any]:
     return list(client.generate(context=[1], question=[2], **given))
+
+
+def test_the_command_says_once_that_a_service_is_not_calibrated() -> None:
+    def uncalibrated(request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
+        yield pb.GenerateResponse(accepted=pb.Accepted(uncalibrated=True))
+        if len(script.requests) == 1:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+        yield pb.GenerateResponse(summary=pb.Summary(text="42"))
+
+    script = Script(uncalibrated, uncalibrated)
+    with served(script) as address:
+        question = ["--context", __file__, "--question", "Why?", "--score", "max_logit"]
+        arguments = ["generate", "--server", address, *question, "--retries", "1"]
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "42\n"
+    assert result.stderr.count(f"homer: {UNCALIBRATED}\n") == 1
+    assert [request.compression.score for request in script.requests] == ["max_logit"] * 2
 
 
 def refusal(script: Script, retries: int, **given: Any) -> ServiceError:

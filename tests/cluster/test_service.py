@@ -107,6 +107,31 @@ def test_token_ids_are_answered_without_text(service: HomerClient) -> None:
     assert list(summary.kept_context_indices) == case.expected["kept_context_index"].tolist()
 
 
+def test_a_request_may_bring_its_own_score(
+    service: HomerClient, local: tuple[HomerModel, PromptTokenizer]
+) -> None:
+    case = GoldenCase.load("b_5c")
+    prefix, context, suffix = (part[0].tolist() for part in case.parts)
+    kept: dict[str | None, list[int]] = {}
+    model, _ = local
+    for score in (None, "softmax_mean", "query_window", "key_norm", "random"):
+        events, summary = answer(
+            service,
+            prefix=prefix,
+            context=context,
+            question=suffix,
+            sampling={"max_tokens": 1},
+            compression={"score": score},
+            return_kept_indices=True,
+        )
+        assert not events[0].uncalibrated
+        kept[score] = list(summary.kept_context_indices)
+        config = model.config if score is None else model.config.replace(score=score)
+        alone = HomerModel(model.model, config, model.bias).compress(*case.parts)
+        assert kept[score] == alone.context_indices.tolist(), score
+    assert len({tuple(indices) for indices in kept.values()}) == len(kept)
+
+
 def test_the_same_seed_gives_the_same_sample(service: HomerClient) -> None:
     sampling = {"max_tokens": 24, "temperature": 1.5, "seed": 7}
     first, second = (
@@ -177,6 +202,11 @@ ASK: dict[str, Any] = {"context": CONTEXT, "question": QUESTION}
         ({**ASK, "question": ""}, "INVALID_ARGUMENT", "the suffix is empty"),
         ({**ASK, "prefix": "x" * 80}, "INVALID_ARGUMENT", "max_chunk_len"),
         ({**ASK, "compression": {"target_len": 0}}, "INVALID_ARGUMENT", "target_len is 0"),
+        (
+            {**ASK, "compression": {"score": "best"}},
+            "INVALID_ARGUMENT",
+            "score is 'best'; set it to",
+        ),
         ({**ASK, "compression": {"warmup_layers": 12}}, "INVALID_ARGUMENT", "warmup_layers"),
         ({**ASK, "sampling": {"temperature": -1}}, "INVALID_ARGUMENT", "temperature must be"),
         ({**ASK, "sampling": {"top_p": 2}}, "INVALID_ARGUMENT", "top_p must be"),

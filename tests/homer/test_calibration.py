@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,9 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from homer import HomerConfig, HomerModel
-from homer.bias import BiasInfo, load_bias, save_bias
+from homer.bias import BiasInfo, load_bias, save_bias, warn_uncalibrated
+from homer.bias_plot import plot_bias
 from homer.calibration import cut_chunks, measure_bias
-from homer.errors import BiasError, PromptError
+from homer.calibration_run import CalibrationRun, run_calibration
+from homer.errors import BiasError, ConfigError, ModelError, PromptError
+from homer.shape import UNCALIBRATED
 from homer.stack import LayerStack
 
 
@@ -54,13 +60,9 @@ def test_the_bias_is_the_mean_score_at_each_distance(model: LlamaForCausalLM) ->
     chunks = [torch.randint(0, 90, (40,)) for _ in range(5)]
     prefix = torch.tensor([1, 2, 3])
     by_hand = torch.stack([scores_by_hand(model, torch.cat((prefix, chunk))) for chunk in chunks])
-    seen: list[tuple[int, int]] = []
-    bias = measure_bias(
-        LayerStack(model), chunks, prefix, on_chunk=lambda done, of: seen.append((done, of))
-    )
+    bias = measure_bias(LayerStack(model), chunks, prefix)
     assert bias.shape == (3, 40)
     torch.testing.assert_close(bias, by_hand.mean(0)[:, 3:].flip(1), atol=1e-5, rtol=1e-5)
-    assert seen == [(i, 5) for i in range(1, 6)]
 
 
 def test_chunks_are_spread_over_the_text_and_do_not_repeat_it() -> None:
@@ -77,6 +79,98 @@ def test_chunks_are_spread_over_the_text_and_do_not_repeat_it() -> None:
 def test_chunks_of_several_lengths_are_refused(model: LlamaForCausalLM) -> None:
     with pytest.raises(PromptError, match=r"not of \[4, 5\]"):
         measure_bias(LayerStack(model), [torch.arange(4), torch.arange(5)])
+
+
+@pytest.fixture
+def run(model: LlamaForCausalLM, tmp_path: Path) -> CalibrationRun:
+    model.save_pretrained(tmp_path / "model")
+    return CalibrationRun(
+        model=str(tmp_path / "model"),
+        chunks=[torch.randint(0, 90, (40,)).tolist() for _ in range(7)],
+        prefix_ids=[1, 2],
+        state_file=tmp_path / "state",
+        device="cpu",
+    )
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_at(number: int) -> Callable[[int], None]:
+    def on_chunk(done: int) -> None:
+        if done == number:
+            raise StoppedError
+
+    return on_chunk
+
+
+def test_any_number_of_processes_and_stops_gives_the_bias_of_one_run(
+    run: CalibrationRun, model: LlamaForCausalLM
+) -> None:
+    chunks = [torch.tensor(chunk) for chunk in run.chunks]
+    whole = measure_bias(LayerStack(model), chunks, torch.tensor(run.prefix_ids))
+    seen: list[int] = []
+    assert torch.equal(run_calibration(run, seen.append), whole)
+    assert seen == list(range(8))
+    run.state_file.unlink()
+    with pytest.raises(StoppedError):
+        run_calibration(run, stop_at(3))
+    seen.clear()
+    two = dataclasses.replace(run, workers=2)
+    assert torch.equal(run_calibration(two, seen.append), whole)
+    assert seen == [3, 4, 5, 6, 7]
+
+
+def test_what_another_run_left_is_refused(run: CalibrationRun) -> None:
+    with pytest.raises(StoppedError):
+        run_calibration(run, stop_at(2))
+    config = Path(run.model, "config.json")
+    others = [
+        dataclasses.replace(run, chunks=[*run.chunks[1:], run.chunks[0]]),
+        dataclasses.replace(run, prefix_ids=[]),
+        dataclasses.replace(run, dtype="bfloat16"),
+    ]
+    for other in others:
+        with pytest.raises(ConfigError, match="start over with --fresh"):
+            run_calibration(other, lambda done: None)
+    before = config.read_text(encoding="utf-8")
+    config.write_text(before.replace("10000.0", "20000.0"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="other text, model, settings"):
+        run_calibration(run, lambda done: None)
+    config.write_text(before, encoding="utf-8")
+    run.state_file.write_bytes(run.state_file.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match="start over with --fresh"):
+        run_calibration(run, lambda done: None)
+
+
+def test_a_model_that_cannot_be_loaded_fails_in_a_process_as_here(run: CalibrationRun) -> None:
+    Path(run.model, "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelError, match="cannot load the model"):
+        run_calibration(dataclasses.replace(run, workers=2), lambda done: None)
+
+
+def test_a_bias_is_drawn_layer_by_layer(tmp_path: Path) -> None:
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_bias(tmp_path / "bias.svg", torch.rand(3, 64), "Calibration bias of tiny")
+    drawn = (tmp_path / "bias.svg").read_text(encoding="utf-8")
+    for text in ("Calibration bias of tiny", "distance to the last token", "layer"):
+        assert text in drawn
+    with pytest.raises(ConfigError, match="cannot draw"):
+        plot_bias(tmp_path / "bias.docx", torch.rand(3, 64), "")
+
+
+def test_running_uncalibrated_warns_once(
+    model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = HomerConfig(max_chunk_len=64, target_len=64, warmup_layers=1)
+    warn_uncalibrated.cache_clear()
+    HomerModel(model, config, torch.zeros(3, 64))
+    HomerModel(model, config.replace(score="softmax_mean"))
+    assert not caplog.records
+    HomerModel(model, config)
+    HomerModel(model, config)
+    assert [record.message for record in caplog.records] == [UNCALIBRATED]
 
 
 def test_a_written_bias_is_read_back_and_fits_its_model_only(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -16,7 +19,10 @@ from homer.bias import find_bias, load_bias
 from homer.demo import MODEL_DIR
 from homer.demo.tasks import plain_text
 from homer.errors import BiasError, HomerError, PromptError
+from tests.cluster.conftest import poll
 from tests.golden_cases import model_dir
+
+HOMER = [sys.executable, "-c", "from cluster.cli import main; main()"]
 
 
 @pytest.fixture
@@ -68,6 +74,32 @@ def test_the_same_text_gives_the_same_bias(model: Path, text: Path, tmp_path: Pa
     first, second = (load_bias(file) for file in files)
     assert first.shape[1] == 64
     assert torch.equal(first, second)
+
+
+def test_a_killed_calibration_goes_on_and_comes_to_the_same(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "bias.safetensors"
+    state = tmp_path / "bias.safetensors.part"
+    lines = tmp_path / "lines.jsonl"
+    records = text.read_text(encoding="utf-8").split(". ")
+    lines.write_text("".join(json.dumps({"body": r}) + "\n" for r in records), encoding="utf-8")
+    sources = ["--text", text, "--text", lines] * 3
+    wanted = ["--model", model, *sources, "--field", "body", "--samples", 500, "--chunk-len", 80]
+    run(*wanted, "--out", whole)
+    command = [*HOMER, "calibrate", *map(str, wanted), "--out", str(out), "--workers", "2"]
+    with subprocess.Popen(command) as killed:
+        poll(state.exists, "first chunk", seconds=120)
+        helpers = [child.pid for child in psutil.Process(killed.pid).children(recursive=True)]
+        killed.kill()
+    assert helpers
+    assert not out.exists()
+    poll(lambda: not any(map(psutil.pid_exists, helpers)), "end of its processes", seconds=60)
+    result = CliRunner().invoke(app, ["calibrate", *map(str, wanted), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "going on after" in result.stderr
+    assert out.read_bytes() == whole.read_bytes()
+    assert not state.exists()
 
 
 def test_another_model_refuses_the_bias(model: Path, text: Path, tmp_path: Path) -> None:

@@ -66,6 +66,40 @@ def test_json_is_the_plan_of_the_model_whose_config_is_read(kind: PlanKind, tmp_
     assert 0 < summary["flops_ratio"] < 1
 
 
+def test_a_model_s_settings_come_with_where_they_are_from_and_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((model_dir("B") / "config.json").read_bytes())
+    command = (
+        "from cluster.cli import app; import sys; app(sys.argv[1:], standalone_mode=False); "
+        "print('slow imports:', {'torch', 'transformers'} & set(sys.modules))"
+    )
+    arguments = ["plan", "--model", str(tmp_path), "--context-tokens", "9000"]
+    run = [sys.executable, "-c", command, *arguments]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "slow imports: set()",
+        "2,048 tokens (half of the window)",
+        "4 of 12 (3/8 of the layers)",
+        "score          max_logit",
+        "no calibration bias",
+    ):
+        assert text in done.stdout
+    (tmp_path / "bias.safetensors").touch()
+    (tmp_path / "homer.json").write_text(
+        '{"warmup_layers": 5, "max_chunk_len": 99, "target_len": 90}'
+    )
+    found = run_plan("--model", tmp_path, "--context-tokens", "9000", "--target-len", "80").stdout
+    for text in ("5 of 12 (homer.json)", "99 tokens (homer.json)", "80 tokens (given)"):
+        assert text in found
+    assert "by bias.safetensors beside it" in found
+    other = json.loads(
+        run_plan(
+            "--model", tmp_path, "--context-tokens", "90", "--score", "key_norm", "--json"
+        ).stdout
+    )
+    assert (other["config"]["score"], other["calibrated"]) == ("key_norm", True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

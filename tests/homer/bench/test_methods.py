@@ -120,6 +120,22 @@ def test_variants_change_fields_of_the_base() -> None:
     assert tired.config == BASE.replace(refresh_suffix=False, fan_in=None)
 
 
+def test_scores_are_variants_and_uncalibrated_is_without_the_bias(model: Any) -> None:
+    homer, plain, other = choose_methods(["homer", "uncalibrated"], [], BASE, ["softmax_mean"])
+    assert (other.name, other.config) == ("softmax_mean", BASE.replace(score="softmax_mean"))
+    assert plain.config == homer.config
+    assert plain.settings != homer.settings
+    with pytest.raises(ConfigError, match="score is 'best'"):
+        choose_methods([], [], BASE, ["best"])
+    prompt = prompt_of(3 * WINDOW)
+    bias = torch.linspace(0, 50, WINDOW).expand(model.config.num_hidden_layers, -1)
+    kept = [
+        Answerer(model, given).answer(method, prompt, 1).context_indices.tolist()
+        for given, method in ((bias, homer), (bias, plain), (None, homer))
+    ]
+    assert kept[0] != kept[1] == kept[2]
+
+
 @pytest.mark.parametrize("variant", ["wide", "wide:", "wide:width=3", ":fan_in=4", "wide:fan_in"])
 def test_a_variant_that_cannot_be_read_is_refused(variant: str) -> None:
     with pytest.raises(ConfigError, match="name:field=value"):

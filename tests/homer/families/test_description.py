@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from homer import HomerConfig, HomerModel
 from homer.doctor import examine_model
 from homer.errors import ModelError
-from homer.shape import ModelShape
+from homer.plain_config import plain_config
+from homer.shape import ModelShape, load_config
 from tests.homer.families.zoo import MODELS, load_plain, model_dir, prompt, save_tiny
 
 SETTINGS = HomerConfig(max_chunk_len=64, target_len=48, warmup_layers=2)
@@ -119,6 +120,27 @@ def test_settings_are_derived_from_the_scaled_window(
     config = shape.recommended_config()
     assert (config.max_chunk_len, config.target_len) == (window // 2, window // 2)
     assert config.warmup_layers == 6
+
+
+def test_configs_that_are_read_without_transformers_say_the_same(tmp_path: Path) -> None:
+    read = {}
+    for name in MODELS:
+        (tmp_path / name).mkdir()
+        folder = config_only(name, tmp_path / name)
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        read[name] = plain_config(values) is not None
+        assert ModelShape.load(folder) == ModelShape.of(load_config(folder)), name
+    assert {name for name, plain in read.items() if plain} == {"llama2"}
+    others: dict[str, dict[str, Any]] = {
+        "mistral": {"sliding_window": None},
+        "qwen2": {"use_sliding_window": False},
+        "qwen3": {"use_sliding_window": False, "head_dim": 64},
+    }
+    for family, settings in others.items():
+        AutoConfig.for_model(family, **settings).save_pretrained(tmp_path / family)
+        values = json.loads((tmp_path / family / "config.json").read_text(encoding="utf-8"))
+        assert plain_config(values) is not None, family
+        assert ModelShape.load(tmp_path / family) == ModelShape.of(load_config(tmp_path / family))
 
 
 def test_a_window_scaled_at_loading_counts(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from homer import HomerConfig, HomerModel
+from homer.calibration import measure_bias
 from homer.config import ScoreKind
 from homer.decode import DecodeCache, decode_step
 from homer.errors import ConfigError
@@ -86,6 +87,27 @@ def test_a_prompt_that_does_not_fit_equals_the_slow_implementation(
 @pytest.mark.parametrize("name", ["deepseek-v2", "gemma3", "gpt-neox", "llama3", "llama4"])
 def test_other_scores_equal_the_slow_implementation(name: str, score: ScoreKind) -> None:
     assert compare(name, refresh=True, score=score) != compare(name, refresh=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_a_calibration_bias_is_the_mean_of_the_slow_scores(name: str) -> None:
+    slow, stack = reference(name), load(name).stack
+    slow.score_kind = "max_logit"
+    prefix, *_ = prompt(3, 1, 1)
+    chunks = [prompt(0, length, 30)[2] for length in (50, 60)]
+    rows = []
+    for chunk in chunks:
+        ids = [*prefix.tolist(), *chunk.tolist()]
+        hidden, positions = slow.embed(ids), list(range(len(ids)))
+        scores = []
+        for layer in range(stack.num_layers):
+            hidden, _, score = slow.run_layer(layer, hidden, positions, None, [], len(ids))
+            scores.append(score[len(prefix) :].flip(0))
+        rows.append(torch.stack(scores))
+    bias = measure_bias(stack, chunks, prefix)
+    expected = torch.stack(rows).mean(0)
+    torch.testing.assert_close(bias.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_score_that_nobody_knows_is_refused() -> None:
