@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.cli.bench_output import OUT, Out, machine_facts, measuring, print_table, save_results
+from homer.config import PlanKind
 
 if TYPE_CHECKING:
     from cluster.bench.scaling import JobTimes
@@ -46,10 +47,15 @@ def overhead(
         measure_overhead(tokens, new_tokens, runs, out)
 
 
-def wire(tokens: Tokens = 16384, workers: WireWorkers = WIRE_WORKERS, out: Out = OUT) -> None:
+def wire(
+    tokens: Tokens = 16384,
+    workers: WireWorkers = WIRE_WORKERS,
+    plan: Annotated[PlanKind, typer.Option(help="How the context is cut.")] = "balanced",
+    out: Out = OUT,
+) -> None:
     """Count the bytes between workers, beside the least that must travel."""
     with measuring():
-        measure_wire(tokens, workers, out)
+        measure_wire(tokens, workers, out, plan)
 
 
 def worker_memory(
@@ -136,13 +142,14 @@ def measure_overhead(tokens: int, new_tokens: int, runs: int, out: Path) -> None
     save_results(out / "overhead.json", machine, asdict(result))
 
 
-def measure_wire(tokens: int, workers: str, out: Path) -> None:
+def measure_wire(tokens: int, workers: str, out: Path, plan: PlanKind = "balanced") -> None:
     """Count and print the bytes of a request."""
     from cluster.bench import show, wire
+    from homer.bench.bench_model import BenchSize
 
     machine = machine_facts()
     _say(f"bytes of a request of {tokens:,} tokens on {workers} workers")
-    results = wire.measure_wire(tokens, parse_numbers(workers))
+    results = wire.measure_wire(tokens, parse_numbers(workers), size=BenchSize(plan=plan))
     print_table(machine, show.wire_table(results))
     save_results(out / "wire.json", machine, [{**asdict(r), "ratio": r.ratio} for r in results])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from homer.config import HomerConfig
+from homer.config import HomerConfig, PlanKind
 
 PREFIX_TOKENS = 16
 SUFFIX_TOKENS = 32
@@ -29,6 +29,7 @@ class BenchSize:
     vocab: int = 4096
     chunk: int = 512
     warmup_layers: int = 4
+    plan: PlanKind = "balanced"
 
     @property
     def window(self) -> int:
@@ -37,9 +38,12 @@ class BenchSize:
 
     @property
     def config(self) -> HomerConfig:
-        """The default method."""
+        """The default method, on this plan."""
         return HomerConfig(
-            max_chunk_len=self.chunk, target_len=self.chunk, warmup_layers=self.warmup_layers
+            max_chunk_len=self.chunk,
+            target_len=self.chunk,
+            warmup_layers=self.warmup_layers,
+            plan=self.plan,
         )
 
     @property

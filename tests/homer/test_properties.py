@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from homer import HomerConfig, HomerModel, MergePlan
+from homer.config import ScoreKind
 from homer.context import CompressedContext, KVRows
 from homer.encode import TreeEncoder
 from homer.errors import PlanError, StateError
@@ -56,6 +58,7 @@ def prompts(draw: st.DrawFn) -> Prompt:
         fan_in=draw(st.sampled_from([None, None, None, 2, 3, 4])),
         plan=draw(st.sampled_from(["balanced", "paper"])),
         refresh_suffix=draw(st.booleans()),
+        score=draw(st.sampled_from(get_args(ScoreKind))),
     )
     context_len = draw(st.integers(1, 300))
     prompt = Prompt(

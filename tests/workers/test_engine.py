@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from workers.engine import Engine
+from homer.bias import warn_uncalibrated
+from homer.shape import UNCALIBRATED
+from tests.golden_cases import model_dir
+from workers.engine import Engine, LoadedModel
+from workers.options import WorkerOptions
 
 
 @pytest.fixture
@@ -138,3 +144,16 @@ def test_an_error_of_a_step_is_its_callers(engine: Engine) -> None:
         assert await engine.step(lambda: 1) == 1
 
     asyncio.run(run())
+
+
+def test_a_model_without_a_bias_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model_dir("A") / name, tmp_path)
+    warn_uncalibrated.cache_clear()
+    LoadedModel.load(WorkerOptions(model=str(model_dir("A")), device="cpu"))
+    assert not caplog.records
+    for _ in range(2):
+        LoadedModel.load(WorkerOptions(model=str(tmp_path), device="cpu"))
+    assert [record.message for record in caplog.records] == [UNCALIBRATED]
