@@ -76,7 +76,7 @@ def test_the_same_text_gives_the_same_bias(model: Path, text: Path, tmp_path: Pa
     assert torch.equal(first, second)
 
 
-def test_a_killed_calibration_goes_on_and_comes_to_the_same(
+def test_two_processes_killed_on_the_way_come_to_what_one_does(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
     whole, out = tmp_path / "whole.safetensors", tmp_path / "bias.safetensors"
@@ -95,7 +95,7 @@ def test_a_killed_calibration_goes_on_and_comes_to_the_same(
     assert helpers
     assert not out.exists()
     poll(lambda: not any(map(psutil.pid_exists, helpers)), "end of its processes", seconds=60)
-    result = CliRunner().invoke(app, ["calibrate", *map(str, wanted), "--out", str(out)])
+    result = CliRunner().invoke(app, command[len(HOMER) :])
     assert result.exit_code == 0, result.output
     assert "going on after" in result.stderr
     assert out.read_bytes() == whole.read_bytes()
