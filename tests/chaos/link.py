@@ -29,6 +29,7 @@ class Link:
         self._whole = asyncio.Event()
         self._whole.set()
         self._bytes_per_second = 0.0
+        self._quick = asyncio.Event()
         self._flips = 0
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -44,6 +45,7 @@ class Link:
 
     def slow(self, bytes_per_second: float) -> None:
         self._bytes_per_second = bytes_per_second
+        self._quick.clear()
 
     def damage(self, flips: int) -> None:
         """Turn over one bit in each of the next `flips` pieces of data."""
@@ -56,6 +58,7 @@ class Link:
 
     def heal(self) -> None:
         self._bytes_per_second = self._flips = 0
+        self._quick.set()
         self._whole.set()
 
     def reset(self) -> None:
@@ -102,7 +105,8 @@ class Link:
     ) -> None:
         while piece := await reader.read(PIECE_BYTES):
             if self._bytes_per_second:
-                await asyncio.sleep(len(piece) / self._bytes_per_second)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._quick.wait(), len(piece) / self._bytes_per_second)
             await self._whole.wait()
             if damaged and self._flips and len(piece) >= DAMAGED_PIECE_BYTES:
                 self._flips -= 1

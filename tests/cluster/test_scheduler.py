@@ -228,6 +228,65 @@ def test_a_release_that_fails_does_not_keep_the_others_from_theirs(
     assert "not released on worker-1" in caplog.text
 
 
+def test_what_does_not_fit_the_rest_when_it_is_run_again_has_everything_run_again() -> None:
+    """Workers of another kind come to other results: rows that others still hold do not match."""
+
+    async def work() -> None:
+        pool, job = make_pool(2), make_job(300)
+        other = make_pool(1)
+        other[0].salt = "another kind"
+        *_, expected = await collect(Scheduler(other), job)
+        assert isinstance(expected, JobSummary)
+
+        scheduler = Scheduler(pool)
+        answer: list[JobEvent] = []
+        async with events_of(scheduler, job) as events:
+            async for event in events:
+                answer.append(event)
+                if isinstance(event, JobProgress) and event.done.node == job.plan.root.id:
+                    root = next(worker for worker in pool if worker.name == event.worker)
+                    (lost,) = (worker for worker in pool if worker is not root)
+                    # What it had made is run again on a worker that computes something else.
+                    root.salt = "another kind"
+                    lost.kill()
+        assert root.salt
+        assert not any(worker is lost for worker in scheduler.workers)
+        summary = answer[-1]
+        assert isinstance(summary, JobSummary)
+        assert list(summary.context_indices) == list(expected.context_indices)
+        tokens = [event.token_id for event in answer if isinstance(event, TokenOut)]
+        assert len(tokens) == summary.generated_tokens == job.sampling.max_new_tokens
+        # Under a new request id every node is run once more, all of them by the one that is left.
+        second = [(call, node) for call, of, node in root.calls if of != job.request_id]
+        leaves = {
+            part.id
+            for call, node in second
+            for part in job.plan.subtree(node)
+            if call == "subtree" and part.is_leaf
+        }
+        assert leaves == {leaf.id for leaf in job.plan.leaves}
+        assert [call for call, _ in second].count("generate") == 1
+        # Its caller hears of each node once.
+        progress = [event.done.node for event in answer if isinstance(event, JobProgress)]
+        assert sorted(progress) == sorted(node.id for node in job.plan.nodes)
+        await assert_nothing_left(scheduler, pool)
+
+    run_virtual(work())
+
+
+def test_workers_that_never_agree_are_an_error() -> None:
+    async def work() -> None:
+        pool = make_pool(1)
+        mismatch = WorkerCallError("rows do not match", "FAILED_PRECONDITION")
+        pool[0].fail["generate"] = [mismatch, mismatch]
+        scheduler = Scheduler(pool)
+        with pytest.raises(WorkerCallError, match="use equal devices and libraries"):
+            await collect(scheduler, make_job(100))
+        await assert_nothing_left(scheduler, pool)
+
+    run_virtual(work())
+
+
 def test_two_running_jobs_cannot_share_a_request_id() -> None:
     async def work() -> None:
         pool = make_pool(1)

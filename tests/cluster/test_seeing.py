@@ -484,6 +484,33 @@ def test_status_as_table_and_as_json(seen: Seen) -> None:
         assert abs(worker["clock_ahead_seconds"]) < 2
 
 
+def test_a_worker_that_drains_is_shown(seen: Seen, run: Run[Any]) -> None:
+    events = seen.client.generate(
+        context=CONTEXT, question=QUESTION, sampling={"max_tokens": 20_000, "ignore_eos": True}
+    )
+    next(event for event in events if isinstance(event, pb.Token))
+    client = seen.scheduler.workers[1]
+    # What it holds for the request keeps it from leaving.
+    assert not run(seen.scheduler.drain_worker(client.name, 0.1))
+    shown = CliRunner().invoke(app, ["status", "--server", seen.client.address])
+    assert re.search(rf"{client.name}\s+\S+\s+draining", shown.output), shown.output
+    given = CliRunner().invoke(app, ["status", "--server", seen.client.address, "--json"])
+    states = {worker["name"]: worker["state"] for worker in json.loads(given.stdout)["workers"]}
+    assert states[client.name] == "draining"
+    assert seen.scrape().total("homer_workers", state="draining") == 1
+    events.close()
+    poll(lambda: run(seen.scheduler.drain_worker(client.name, 0.1)), "it does not leave")
+    names = [worker.name for worker in seen.client.server_info().workers]
+    assert names == [worker.name for worker in seen.scheduler.workers]
+    assert client.name not in names
+
+    async def join() -> None:
+        seen.scheduler.add_worker(client)
+
+    run(join())
+    poll(lambda: len(seen.client.server_info().workers) == 2, "it is not back")
+
+
 def test_status_goes_on_with_watch(seen: Seen) -> None:
     command = [str(BIN / "homer"), "status", "--server", seen.client.address]
     process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -144,6 +145,32 @@ def test_work_that_does_not_fit_is_refused_before_it_takes_memory(narrow: Worker
     run_subtree(narrow, prompts[-1].subtree(LEAF))
     release(prompts[-1], [narrow])
     eventually(narrow.holds_nothing)
+
+
+def test_a_worker_is_usable_after_the_system_had_no_memory_for_a_step(tmp_path: Path) -> None:
+    # One tensor of a leaf's MLP takes 128 MiB, a hundred times the model's other tensors.
+    size = BenchSize(layers=4, hidden=64, intermediate=32768, vocab=256, heads=4, chunk=1024)
+    save_bench_model(tmp_path, size)
+    prefix, context, suffix = random_prompt(900, size.vocab)
+    plan = MergePlan.build(len(prefix), len(context), len(suffix), size.layers, size.config)
+    with running_workers(tmp_path, "--memory-budget", "0") as (worker,):
+        pid = worker.process.pid
+        prompt = Prompt.of("large", plan, (prefix, context, suffix))
+        unlimited = resource.prlimit(pid, resource.RLIMIT_AS)
+        taken = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(pid, resource.RLIMIT_AS, (taken + 64 * MIB, unlimited[1]))
+        code, message = refusal(lambda: run_subtree(worker, prompt.subtree(plan.root.id)))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED, message
+        assert worker.stats().reserved_bytes == 0
+        assert worker.stats().kv_shard_bytes == worker.stats().state_bytes == 0
+        resource.prlimit(pid, resource.RLIMIT_AS, unlimited)
+        # The same process does the same work when there is memory again.
+        run_subtree(worker, prompt.subtree(plan.root.id, attempt=1))
+        events = list(worker.stub.GenerateTokens(prompt.generate([], 4), timeout=CALL_SECONDS))
+        assert events[-1].summary.generated_tokens == 4
+        release(prompt, [worker])
+        eventually(worker.holds_nothing)
+        assert worker.process.poll() is None
 
 
 def test_a_request_that_nobody_asks_about_any_more_is_dropped() -> None:
