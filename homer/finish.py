@@ -60,9 +60,12 @@ class CacheBuilder:
         front = torch.arange(plan.prefix_len, device=root.position_ids.device)
         self._positions = torch.cat((front, root.position_ids))
         past_len = plan.kept_len - plan.suffix_len
+        # Of the layer that is being added. Not by way of `self`: in such a cycle the cache would be
+        # held until the garbage collector comes by.
+        buffers = self._buffers
         self._pass = NodePass(
             span=plan.next_position,
-            past=lambda _: self._rows(past_len),
+            past=lambda _: _first_rows(buffers[-1], past_len),
             past_positions=self._positions[:past_len],
         )
         self._hidden: torch.Tensor | None = None
@@ -137,10 +140,10 @@ class CacheBuilder:
         self._hidden = self._stack.run(self._hidden, positions, range(layer, layer + 1), self._pass)
         return self._pass.kv.pop()
 
-    def _rows(self, count: int) -> LayerKV:
-        """The first rows of the layer that is being added."""
-        keys, values = self._buffers[-1]
-        return keys[:, :count], values[:, :count]
+
+def _first_rows(layer: LayerKV, count: int) -> LayerKV:
+    keys, values = layer
+    return keys[:, :count], values[:, :count]
 
 
 def _rows_like(tensor: torch.Tensor, rows: int) -> torch.Tensor:
