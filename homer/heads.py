@@ -62,17 +62,5 @@ class HeadGroup:
             local /= self.size
         return local
 
-    def own(self, rows: torch.Tensor) -> torch.Tensor:
-        """This rank's part of `rows` of all heads, (heads, ...)."""
-        return rows.chunk(self.size)[self.rank] if self.size > 1 else rows
-
-    def whole(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of all heads, from each rank's part of them, (heads / size, ...)."""
-        if self.size == 1:
-            return rows
-        out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
-        distributed.all_gather_into_tensor(out, rows.contiguous())
-        return out
-
 
 ALL_HEADS = HeadGroup()

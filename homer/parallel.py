@@ -7,8 +7,11 @@ trees, or about who starts the ranks.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -138,12 +141,11 @@ def _load_in_parts(path_or_id: str | Path, device: str, dtype: str, offload: str
         chosen = getattr(config, "dtype", None) or torch.float32
     else:
         chosen = getattr(torch, dtype)
-    parameters: dict[str, Any] = {"device": "none"}
-    if offload == "cpu":
-        parameters = {"device": "cpu", "pin_memory": device != "cpu"}
-    elif offload != "none":
-        _check_disk()
-        parameters = {"device": "nvme", "nvme_path": offload, "pin_memory": device != "cpu"}
+    parameters: dict[str, Any] = {"device": offload}
+    if offload not in ("none", "cpu"):
+        parameters = _on_disk(Path(offload), path_or_id)
+    if offload != "none":
+        parameters["pin_memory"] = device != "cpu"
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": chosen is torch.bfloat16},
@@ -166,15 +168,27 @@ def _load_in_parts(path_or_id: str | Path, device: str, dtype: str, offload: str
     return engine.module.eval()
 
 
-def _check_disk() -> None:
+def _on_disk(folder: Path, path_or_id: str | Path) -> dict[str, Any]:
+    """DeepSpeed's settings for weights in a folder, which this process has for itself."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{str(folder)!r} is no folder for weights; use none, cpu, or a folder on a fast disk"
+        )
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise ConfigError(
             "DeepSpeed cannot read weights from a disk here: it compiles that at first use, and "
             "needs a C++ compiler, ninja and libaio with its headers (libaio-dev); install them, "
-            "or keep the weights in main memory: zero_offload cpu"
+            "or keep the weights in main memory (cpu)"
         )
+    own = tempfile.mkdtemp(prefix="homer-zero-", dir=folder)
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path_or_id))
+    # Room for the largest weight, in numbers.
+    largest = max(parameter.numel() for parameter in model.parameters())
+    return {"device": "nvme", "nvme_path": own, "buffer_size": largest}
 
 
 def _import_deepspeed(device: str) -> Any:

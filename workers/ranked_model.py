@@ -40,7 +40,7 @@ def load_on_all_ranks(options: WorkerOptions) -> RankedModel:
     except BaseException:
         group.close()
         raise
-    return RankedModel(part.path, part.stack, part.bias, group)
+    return RankedModel(**vars(part), group=group)
 
 
 @dataclass(frozen=True)
