@@ -79,10 +79,15 @@ def load_on_ranks(
     check_engine(engine, distributed.get_world_size())
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    number = distributed.get_rank()
     if device != "cpu":
-        first = torch.device(device).index or 0
-        device = f"cuda:{first + distributed.get_rank()}"
+        number += torch.device(device).index or 0
+        device = f"cuda:{number}"
         torch.cuda.set_device(device)
+    # Both libraries take the group that is there, and want to know the same from here too.
+    os.environ["RANK"] = str(distributed.get_rank())
+    os.environ["WORLD_SIZE"] = str(distributed.get_world_size())
+    os.environ["LOCAL_RANK"] = str(number)
     # DeepSpeed prints what it does; a program's output is its own.
     with redirect_stdout(sys.stderr):
         if engine == "deepspeed-zero3":
@@ -195,9 +200,6 @@ def _import_deepspeed(device: str) -> Any:
     """DeepSpeed, ready to use the default process group."""
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # It takes the group that is there, and wants to know the same from here too.
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(distributed.get_rank())
-    os.environ["WORLD_SIZE"] = str(distributed.get_world_size())
     try:
         import deepspeed
         import deepspeed.ops
