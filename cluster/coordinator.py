@@ -129,5 +129,6 @@ class Coordinator:
 
 
 def _load_settings(options: ServeOptions) -> tuple[HomerConfig, PromptTokenizer | None]:
-    config = homer_defaults(options.model, **options.compression.given())
-    return config, PromptTokenizer.load(options.model)
+    hub = options.load.hub
+    config = homer_defaults(options.model, hub=hub, **options.compression.given())
+    return config, PromptTokenizer.load(options.model, **hub)

@@ -6,13 +6,14 @@ One frozen dataclass, from which the command line takes its defaults. Knows noth
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.placement import PLACEMENTS, Place, Placement, WorkerSpec
 from cluster.service import Limits
 from homer.config import PlanKind, ScoreKind
 from homer.engines import Engine, check_engine
 from homer.errors import ConfigError
+from homer.load_options import LoadOptions
 from workers.budget import parse_bytes
 from workers.options import WIRE_DTYPES, WorkerOptions
 
@@ -75,8 +76,8 @@ class ServeOptions:
     grow_after_seconds, idle_seconds : float
         The pool grows when all workers have been busy for so long, and gives back a worker that
         had nothing to do for so long.
-    dtype : str
-        "auto" (the checkpoint's own), float32, bfloat16 or float16.
+    load : LoadOptions
+        How workers load the model; each chooses its own device.
     wire_dtype : str
         The type in which floats travel between workers: "auto" (as they are), bfloat16, float16 or
         float8. Narrower costs accuracy.
@@ -125,7 +126,7 @@ class ServeOptions:
     labels: Mapping[str, str] = field(default_factory=dict)
     grow_after_seconds: float = 10.0
     idle_seconds: float = 300.0
-    dtype: str = "auto"
+    load: LoadOptions = field(default_factory=LoadOptions)
     wire_dtype: str = "auto"
     bias: str | None = None
     memory_budget: str = "auto"
@@ -266,8 +267,7 @@ class ServeOptions:
         return WorkerOptions(
             model=self.model,
             host=host,
-            device="cuda:0" if spec.gpus else "cpu",
-            dtype=self.dtype,
+            load=replace(self.load, device="cuda:0" if spec.gpus else "cpu"),
             wire_dtype=self.wire_dtype,
             threads=0 if spec.gpus else spec.cpus // self.ranks,
             engine=self.engine,

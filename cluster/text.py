@@ -32,8 +32,10 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
 
     @classmethod
-    def load(cls, model: str) -> PromptTokenizer | None:
+    def load(cls, model: str, **hub: Any) -> PromptTokenizer | None:
         """The tokenizer of a model; None where a model folder has none.
+
+        `hub` is as `LoadOptions.hub` gives it.
 
         Raises
         ------
@@ -46,7 +48,7 @@ class PromptTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return cls(AutoTokenizer.from_pretrained(model))
+            return cls(AutoTokenizer.from_pretrained(model, **hub))
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the tokenizer of {model!r}: {error}") from error
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from homer import __version__
 from homer.calibration import MeanScores, chunk_scores
 from homer.errors import ConfigError, HomerError
+from homer.load_options import LoadOptions
 from homer.loading import load_model
 from homer.shape import load_config
 from homer.stack import LayerStack
@@ -56,8 +57,8 @@ class CalibrationRun:
         Processes, each with a model of its own; on GPUs they take turns.
     threads : int
         CPU threads of each. Another number changes results in their last digits.
-    device, dtype : str
-        As `homer.loading.load_model` takes them.
+    load : LoadOptions
+        How each loads the model.
     """
 
     model: str
@@ -67,19 +68,17 @@ class CalibrationRun:
     state_file: Path
     workers: int = 1
     threads: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
+    load: LoadOptions = field(default_factory=LoadOptions)
 
     def identity(self) -> str:
         """Equal where the scores of each chunk must be equal."""
         facts = {
             "homer": __version__,
-            "model": _model_identity(self.model),
+            "model": _model_identity(self.model, self.load),
             "prefix": self.prefix_ids,
             "chunks": self.chunks,
             "threads": self.threads,
-            "device": self.device,
-            "dtype": self.dtype,
+            "load": {**asdict(self.load), "token": None},
         }
         return xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
@@ -111,10 +110,10 @@ def run_calibration(run: CalibrationRun, on_chunk: Callable[[int], None]) -> tor
     return done.mean
 
 
-def _model_identity(model: str) -> list[Any]:
+def _model_identity(model: str, load: LoadOptions) -> list[Any]:
     folder = Path(model)
     if not folder.is_dir():
-        return [model, getattr(load_config(model), "_commit_hash", None)]
+        return [model, getattr(load_config(model, **load.hub), "_commit_hash", None)]
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
     about = [(file.name, file.stat()) for file in files if file.name != "bias.safetensors"]
     weights = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in about]
@@ -155,11 +154,11 @@ class _Scorer:
 
     def __init__(self, run: CalibrationRun, number: int) -> None:
         torch.set_num_threads(run.threads)
-        device = run.device
+        device = run.load.device
         if device == "auto" and torch.cuda.is_available():
             device = f"cuda:{number % torch.cuda.device_count()}"
         self.run = run
-        self.stack = LayerStack(load_model(run.model, device=device, dtype=run.dtype))
+        self.stack = LayerStack(load_model(run.model, run.load, device=device))
 
     def score(self, chunk: int) -> torch.Tensor:
         ids, prefix_ids = torch.tensor(self.run.chunks[chunk]), torch.tensor(self.run.prefix_ids)

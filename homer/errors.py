@@ -31,6 +31,10 @@ class ModelError(HomerError):
     """The model cannot be loaded, or Homer does not know how to drive it."""
 
 
+class CheckpointError(ModelError):
+    """A model's files are missing, damaged, or another model's: trying again needs other files."""
+
+
 class StateError(HomerError, RuntimeError):
     """States or KV rows that should be there are missing or do not fit together."""
 

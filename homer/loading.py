@@ -1,27 +1,62 @@
-"""Loading a checkpoint in Hugging Face format.
+"""Loading a checkpoint in Hugging Face format: all of it, or the layers that leaves need.
 
-Knows nothing about trees or machines.
+transformers builds the model on the meta device and fills it weight by weight from the shards: on
+the CPU with the pages of the files themselves, on a GPU each weight straight into it. So nothing is
+there twice. Knows nothing about trees or machines.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
-from homer.errors import ConfigError, ModelError
+from homer.adapters import add_adapter
+from homer.checkpoint import find_shards
+from homer.errors import CheckpointError, ConfigError, ModelError
+from homer.load_options import LoadOptions
+from homer.load_progress import shown_by_shards
+from homer.quantization import quantization_for
+from homer.shape import load_config
 
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+_log = logging.getLogger(__name__)
+_STATUS = Path("/proc/self/status")
+_FIELDS = frozenset(field.name for field in dataclasses.fields(LoadOptions))
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading took: seconds, the bytes of the weights, and the most memory of the process.
+
+    `peak_bytes` is what the process had resident at its most since it began, 0 where the system
+    does not tell; pages of files count.
+    """
+
+    seconds: float
+    weight_bytes: int
+    peak_bytes: int
+
+    @classmethod
+    def of(cls, model: Any, seconds: float) -> LoadReport:
+        """Of a model that was loaded just now."""
+        return cls(seconds, _weight_bytes(model), _peak_bytes())
 
 
 def load_model(
     path_or_id: str | Path,
-    *,
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
+    options: LoadOptions | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a causal LM for inference.
@@ -30,29 +65,153 @@ def load_model(
     ----------
     path_or_id : str or Path
         A folder in Hugging Face format, or a model id.
-    device : str
-        "auto" is the first GPU where there is one, else the CPU.
-    dtype : str or torch.dtype
-        "auto" is the checkpoint's own type; or float32, float16, bfloat16.
+    options : LoadOptions, optional
     **kwargs
-        Passed on to `from_pretrained`.
+        Fields of `LoadOptions` take the place of those of `options`; others are passed on to
+        `from_pretrained`.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        With `options.lower_layers`, the decoder alone, whose `layers` are only those; its config
+        still has the number of all.
 
     Raises
     ------
+    ConfigError
+        When options contradict each other or the checkpoint.
+    CheckpointError
+        When files are missing, damaged, or another model's.
     ModelError
-        When the checkpoint cannot be loaded.
+        When the model cannot be loaded for another reason: a library is missing, memory.
     """
-    if isinstance(dtype, str) and dtype != "auto":
-        if dtype not in _DTYPES:
-            raise ConfigError(f"dtype is {dtype!r}; use auto, {', '.join(_DTYPES)}")
-        dtype = _DTYPES[dtype]
-    if device == "auto":
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
-        target = torch.device(device)
-        model: Any = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=dtype, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load the model {str(path_or_id)!r}: {error}") from error
-    if "device_map" not in kwargs:
-        model = model.to(target)
+    started = time.perf_counter()
+    given = {name: kwargs.pop(name) for name in _FIELDS & kwargs.keys()}
+    if isinstance(given.get("dtype"), torch.dtype):
+        given["dtype"] = str(given["dtype"]).removeprefix("torch.")
+    options = LoadOptions.of(options, given)
+    config = load_config(path_or_id, **options.hub)
+    shards = find_shards(path_or_id)
+    with _explained(path_or_id):
+        target = torch.device(_choose_device(options.device))
+        kwargs = {**_arguments(options, config, target), **kwargs}
+        if "distributed_config" in kwargs:
+            # Each rank's part goes to its own device.
+            kwargs.pop("device_map", None)
+        with shown_by_shards(shards):
+            if options.lower_layers is None:
+                model = _fill(AutoModelForCausalLM, path_or_id, kwargs)
+            else:
+                model = _load_lower(path_or_id, config, options.lower_layers, kwargs)
+    if options.adapter is not None:
+        add_adapter(model, options)
+    report = LoadReport.of(model, time.perf_counter() - started)
+    _log.info(
+        "loaded %s in %.1f s: %.1f MiB of weights on %s; the process had %.1f MiB at its most",
+        path_or_id, report.seconds, report.weight_bytes / (1 << 20), target,
+        report.peak_bytes / (1 << 20),
+    )  # fmt: skip
     return model.eval()
+
+
+def _arguments(options: LoadOptions, config: Any, target: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is told."""
+    arguments: dict[str, Any] = {**options.hub, "dtype": options.dtype}
+    if options.attention != "auto":
+        arguments["attn_implementation"] = options.attention
+    if target.type != "cpu":
+        # Each weight goes there as it is read, with no copy of the model on the CPU.
+        arguments["device_map"] = {"": str(target)}
+    quantization = quantization_for(config, options.quantization)
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+    return arguments
+
+
+def _fill(kind: Any, path_or_id: str | Path, arguments: dict[str, Any]) -> Any:
+    """A model of `kind` with every weight that it has; weights for which it has no place are left.
+
+    transformers would give missing weights random numbers, and say so in a warning.
+    """
+    model, info = kind.from_pretrained(path_or_id, output_loading_info=True, **arguments)
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{str(path_or_id)!r} lacks {len(missing)} weights of {type(model).__name__}, like "
+            f"{', '.join(missing[:_NAMED])}: its config.json is another model's, or its files are "
+            "not complete"
+        )
+    return model
+
+
+def _load_lower(path_or_id: str | Path, config: Any, layers: int, arguments: dict[str, Any]) -> Any:
+    """The decoder with its lowest `layers`: nothing of the others is read, nor the output head."""
+    every = config.num_hidden_layers if hasattr(config, "num_hidden_layers") else 0
+    if not every:
+        raise ModelError(
+            f"{config.model_type} is more than a decoder; its layers cannot be loaded in part"
+        )
+    if layers >= every:
+        raise ConfigError(f"lower_layers is {layers}, but the model has {every}; use less")
+    lower = copy.deepcopy(config)
+    # Whatever is listed layer by layer: kinds of attention, rotations.
+    listed = {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, list) and len(value) == every
+    }
+    vars(lower).update({name: value[:layers] for name, value in listed.items()})
+    vars(lower)["num_hidden_layers"] = layers
+    with _quiet():
+        model = _fill(AutoModel, path_or_id, {**arguments, "config": lower})
+    vars(model.config).update(listed, num_hidden_layers=every)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers warns of weights that are not used: here those are meant."""
+    logger = transformers.utils.logging
+    before = logger.get_verbosity()
+    logger.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logger.set_verbosity(before)
+
+
+@contextmanager
+def _explained(path_or_id: str | Path) -> Iterator[None]:
+    name = str(path_or_id)
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"a file of {name!r} is damaged: {error}; copy or download it again"
+        ) from error
+    except ImportError as error:
+        raise ModelError(f"loading {name!r} needs a package: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
+            raise CheckpointError(
+                f"the weights of {name!r} have other sizes than its config.json says: one of them "
+                f"is another model's ({error})"
+            ) from error
+        raise ModelError(f"cannot load the model {name!r}: {error}") from error
+
+
+def _choose_device(device: str) -> str:
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _weight_bytes(model: Any) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _peak_bytes() -> int:
+    if not _STATUS.exists():
+        return 0
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else 0

@@ -18,6 +18,7 @@ from homer.context import CompressedContext
 from homer.encode import NodeReport, TreeEncoder
 from homer.errors import BiasError, PromptError
 from homer.generation import generate_tokens
+from homer.load_options import LoadOptions
 from homer.loading import load_model
 from homer.plan import MergePlan
 from homer.sampling import SamplingParams
@@ -70,15 +71,17 @@ class HomerModel:
         path_or_id: str | Path,
         config: HomerConfig | None = None,
         bias: torch.Tensor | str | Path | None = None,
+        load: LoadOptions | None = None,
         **kwargs: Any,
     ) -> HomerModel:
         """Load a model in Hugging Face format.
 
         Without `config`, the settings beside the model or derived from its window are used; without
         `bias`, the bias file beside the model if there is one. `kwargs` go to
-        `homer.loading.load_model`, and from there to transformers.
+        `homer.loading.load_model` beside `load`: fields of `LoadOptions`, and what transformers
+        takes beyond.
         """
-        model = load_model(path_or_id, **kwargs)
+        model = load_model(path_or_id, load, **kwargs)
         if bias is None:
             bias = find_bias(path_or_id)
         if isinstance(bias, (str, Path)):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from homer.config import HomerConfig
-from homer.errors import ConfigError, ModelError
+from homer.errors import CheckpointError, ConfigError, ModelError
 from homer.families import active_mlp_width, cache_row, describe_window, family_of, usable_window
 from homer.plain_config import plain_config
 
@@ -57,8 +57,10 @@ class ModelShape:
                 raise ConfigError(f"{field.name} is {value}; set it to 1 or more")
 
     @classmethod
-    def load(cls, path_or_id: str | Path) -> ModelShape:
+    def load(cls, path_or_id: str | Path, **hub: Any) -> ModelShape:
         """Read the dimensions of a checkpoint in Hugging Face format; its weights are not touched.
+
+        `hub` is as `LoadOptions.hub` gives it.
 
         Raises
         ------
@@ -67,7 +69,7 @@ class ModelShape:
         """
         file = Path(path_or_id) / "config.json"
         plain = plain_config(_read_json(file)) if file.is_file() else None
-        return cls._of_decoder(plain) if plain else cls.of(load_config(path_or_id))
+        return cls._of_decoder(plain) if plain else cls.of(load_config(path_or_id, **hub))
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
@@ -110,10 +112,12 @@ class ModelShape:
         return numbers * self.value_bytes
 
 
-def homer_defaults(path_or_id: str | Path, **overrides: Any) -> HomerConfig:
+def homer_defaults(
+    path_or_id: str | Path, *, hub: Mapping[str, Any] | None = None, **overrides: Any
+) -> HomerConfig:
     """The settings for a model: `homer.json` beside it, else derived from its dimensions.
 
-    `overrides` that are None are left out.
+    `overrides` that are None are left out; `hub` is as `LoadOptions.hub` gives it.
 
     Raises
     ------
@@ -122,7 +126,7 @@ def homer_defaults(path_or_id: str | Path, **overrides: Any) -> HomerConfig:
     ConfigError
         When `homer.json` has unknown or wrong settings.
     """
-    return defaults_for(path_or_id, lambda: ModelShape.load(path_or_id), **overrides)
+    return defaults_for(path_or_id, lambda: ModelShape.load(path_or_id, **(hub or {})), **overrides)
 
 
 def defaults_for(
@@ -156,8 +160,10 @@ def settings_sources(path_or_id: str | Path | None, **given: Any) -> dict[str, s
     }
 
 
-def load_config(path_or_id: str | Path) -> Any:
+def load_config(path_or_id: str | Path, **hub: Any) -> Any:
     """A model's config as transformers reads it; weights are not touched.
+
+    `hub` is as `LoadOptions.hub` gives it.
 
     Raises
     ------
@@ -170,13 +176,13 @@ def load_config(path_or_id: str | Path) -> Any:
     if file.is_file():
         _read_json(file)
     elif Path(path_or_id).is_dir():
-        raise ModelError(
+        raise CheckpointError(
             f"{str(path_or_id)!r} has no config.json; give a Hugging Face model folder"
         )
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(path_or_id)
+        return transformers.AutoConfig.from_pretrained(path_or_id, **hub)
     except OSError as error:
         raise ModelError(
             f"{str(path_or_id)!r} is no folder, and its config cannot be fetched: {error}"

@@ -18,6 +18,7 @@ import sys
 import transformers
 
 from homer.errors import HomerError
+from homer.load_options import LOAD_HELP, TOKEN_FILE_HELP, LoadOptions, read_token
 from workers.logs import set_up_logging
 from workers.options import WorkerOptions
 from workers.server import WorkerServer
@@ -26,8 +27,6 @@ _HELP = {
     "model": "folder in Hugging Face format, or model id",
     "host": "address, network (10.1.0.0/16) or interface (eth1) on which others reach it",
     "port": "port to listen on; 0 takes a free one",
-    "device": "auto, cpu or cuda:N",
-    "dtype": "auto, float32, bfloat16 or float16",
     "threads": "threads of a model run on the CPU; 0 leaves it to torch",
     "engine": "torch; deepspeed-tp or transformers-tp (with --ranks); or deepspeed-zero3",
     "ranks": "processes of this machine that together are this worker",
@@ -48,18 +47,30 @@ _HELP = {
 
 
 def parse_options(arguments: list[str] | None = None) -> WorkerOptions:
-    """Options from a command line; names and defaults are those of `WorkerOptions`."""
+    """Options from a command line; names and defaults are those of `WorkerOptions`.
+
+    Those of `LoadOptions` are among them, but for the token, of which only the file is named.
+    """
     parser = argparse.ArgumentParser(prog="python -m workers", description="Serve a worker.")
-    for field in dataclasses.fields(WorkerOptions):
+    ours = [field for field in dataclasses.fields(WorkerOptions) if field.name != "load"]
+    loads = [field for field in dataclasses.fields(LoadOptions) if field.name in LOAD_HELP]
+    for field in (*ours, *loads):
         name = "--" + field.name.replace("_", "-")
+        text = {**_HELP, **LOAD_HELP}[field.name]
         if field.default is dataclasses.MISSING:
-            parser.add_argument(name, required=True, help=_HELP[field.name])
+            parser.add_argument(name, required=True, help=text)
+        elif field.type == "bool":
+            parser.add_argument(name, action="store_true", help=text)
         else:
             default = field.default
             kind = int if str(field.type).startswith("int") else type(default or "")
             shown = "" if default is None else f" (default: {default})"
-            parser.add_argument(name, type=kind, default=default, help=_HELP[field.name] + shown)
-    return WorkerOptions(**vars(parser.parse_args(arguments)))
+            parser.add_argument(name, type=kind, default=default, help=text + shown)
+    parser.add_argument("--token-file", help=TOKEN_FILE_HELP)
+    given = vars(parser.parse_args(arguments))
+    token = read_token(given.pop("token_file"))
+    load = LoadOptions(token=token, **{field.name: given.pop(field.name) for field in loads})
+    return WorkerOptions(load=load, **given)
 
 
 async def serve(options: WorkerOptions) -> None:

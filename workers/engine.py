@@ -21,7 +21,7 @@ from homer.bias import find_bias, load_bias, warn_uncalibrated
 from homer.context import CompressedContext
 from homer.decode import DecodeCache, decode_step
 from homer.encode import TreeEncoder
-from homer.loading import load_model
+from homer.loading import LoadReport, load_model
 from homer.parallel import load_on_ranks
 from homer.plan import MergePlan
 from homer.stack import LayerStack
@@ -39,11 +39,12 @@ NEXT_STEP_SECONDS = 0.002
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, and its calibration bias if there is one."""
+    """A model ready to run, its calibration bias if there is one, and what loading it took."""
 
     path: str
     stack: LayerStack
     bias: torch.Tensor | None
+    report: LoadReport
 
     @classmethod
     def load(cls, options: WorkerOptions) -> LoadedModel:
@@ -56,16 +57,18 @@ class LoadedModel:
         """
         if options.threads:
             torch.set_num_threads(options.threads)
+        started = time.perf_counter()
         if options.engine == "torch":
-            model = load_model(options.model, device=options.device, dtype=options.dtype)
+            model = load_model(options.model, options.load)
         else:
             model = load_on_ranks(
                 options.model,
                 options.engine,
-                device=options.device,
-                dtype=options.dtype,
+                device=options.load.device,
+                dtype=options.load.dtype,
                 offload=options.zero_offload,
             )
+        report = LoadReport.of(model, time.perf_counter() - started)
         stack = LayerStack(model)
         bias_path = options.bias or find_bias(options.model)
         bias = None
@@ -75,7 +78,7 @@ class LoadedModel:
             bias = load_bias(
                 bias_path, num_layers=stack.num_layers, hidden_size=stack.hidden_size
             ).to(stack.device)
-        return cls(path=options.model, stack=stack, bias=bias)
+        return cls(path=options.model, stack=stack, bias=bias, report=report)
 
     @property
     def max_distance(self) -> int:

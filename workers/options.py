@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from homer.engines import Engine, check_engine
 from homer.errors import ConfigError
+from homer.load_options import LoadOptions
 from workers.budget import parse_bytes
 
 TRANSPORTS = ("auto", "grpc")
@@ -26,10 +27,9 @@ class WorkerOptions:
         ("10.1.0.0/16") or an interface ("eth1"), for this machine's address in it.
     port : int
         0 takes a free one.
-    device : str
-        "auto" is the first GPU where there is one, else the CPU.
-    dtype : str
-        "auto" is the checkpoint's own; or float32, float16, bfloat16.
+    load : LoadOptions
+        How the model is loaded, and on which device. Each of its fields is an option of the
+        command line.
     threads : int
         Threads of a model run on the CPU. 0 leaves it to torch.
     engine : Engine
@@ -75,8 +75,7 @@ class WorkerOptions:
     model: str
     host: str = "127.0.0.1"
     port: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
+    load: LoadOptions = field(default_factory=LoadOptions)
     threads: int = 0
     engine: Engine = "torch"
     ranks: int = 1
@@ -100,6 +99,12 @@ class WorkerOptions:
         if self.threads < 0:
             raise ConfigError(f"threads is {self.threads}; use 1 or more, or 0 for the default")
         check_engine(self.engine, self.ranks)
+        plain = LoadOptions(device=self.load.device, dtype=self.load.dtype, token=self.load.token)
+        if self.engine != "torch" and self.load != plain:
+            raise ConfigError(
+                f"engine {self.engine} takes of the options for loading only device and dtype; use "
+                "engine torch for revisions, attention, quantization and adapters"
+            )
         if self.memory_budget != "auto":
             parse_bytes(self.memory_budget)
         if not 0 < self.memory_share <= 1:

@@ -181,7 +181,7 @@ def join_ranks(options: WorkerOptions, rank: int, folder: Path) -> None:
     """Join the process group of a worker's ranks; returns when all are there."""
     # All ranks are on this machine.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    on_gpu = options.load.device != "cpu" and torch.cuda.is_available()
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
         # A file in a folder of our own: nothing listens for strangers.

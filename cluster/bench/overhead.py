@@ -20,6 +20,7 @@ from cluster.launch import ray_cluster, running_service
 from cluster.options import ServeOptions
 from homer.bench.bench_model import BenchSize, random_prompt, save_bench_model
 from homer.encode import NodeReport, TreeEncoder
+from homer.load_options import LoadOptions
 from homer.loading import load_model
 from homer.model import HomerModel
 from homer.v1 import long_context_pb2 as pb
@@ -94,7 +95,12 @@ def measure_overhead(
             save_bench_model(Path(folder), size)
             model = HomerModel(load_model(folder, dtype="float32", device="cpu"), size.config)
             options = ServeOptions(
-                model=folder, cpu=True, workers=1, threads=1, dtype="float32", port=0
+                model=folder,
+                cpu=True,
+                workers=1,
+                threads=1,
+                load=LoadOptions(dtype="float32"),
+                port=0,
             )
             with (
                 ray_cluster(None, options) as joined,

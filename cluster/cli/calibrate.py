@@ -8,11 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.cli.load_settings import loads_a_model
 from homer.errors import PromptError
+from homer.load_options import LoadOptions
 from homer.shape import BIAS_FILE
 
 
+@loads_a_model(device=True)
 def calibrate(
+    *,
+    load: LoadOptions,
     model: Annotated[str, typer.Option(help="Folder in Hugging Face format, or a model id.")],
     text: Annotated[
         list[Path],
@@ -38,8 +43,6 @@ def calibrate(
         typer.Option(min=1, help="Processes, each with a model of its own; GPUs are shared out."),
     ] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Forget what a stopped run has done.")
     ] = False,
@@ -65,7 +68,7 @@ def calibrate(
 
     if plot is not None:
         check_can_plot()
-    chunks, prefix_ids = _chunks(model, text, field, chunk_len, samples)
+    chunks, prefix_ids = _chunks(model, load, text, field, chunk_len, samples)
     if len(chunks) < samples:
         _say(
             f"the text has room for {len(chunks)} chunks of {len(chunks[0])} tokens, not {samples}"
@@ -80,14 +83,13 @@ def calibrate(
         state_file=state_file,
         workers=min(workers, len(chunks)),
         threads=threads,
-        device=device,
-        dtype=dtype,
+        load=load,
     )
     bias = _measure(run)
     info = BiasInfo(
         model=Path(model).name,
         num_layers=len(bias),
-        hidden_size=ModelShape.load(model).hidden_size,
+        hidden_size=ModelShape.load(model, **load.hub).hidden_size,
         chunk_len=bias.shape[1],
         samples=len(chunks),
     )
@@ -102,7 +104,7 @@ def calibrate(
 
 
 def _chunks(
-    model: str, text: list[Path], field: str, chunk_len: int | None, samples: int
+    model: str, load: LoadOptions, text: list[Path], field: str, chunk_len: int | None, samples: int
 ) -> tuple[list[list[int]], list[int]]:
     """Chunks of the text, and the token ids that come before each."""
     import torch
@@ -113,9 +115,9 @@ def _chunks(
     from homer.shape import homer_defaults
 
     words = read_documents(text, field)
-    config = homer_defaults(model)
+    config = homer_defaults(model, hub=load.hub)
     length = chunk_len or max(config.max_chunk_len, config.max_initial_chunk_len or 0)
-    tokenizer = PromptTokenizer.load(model)
+    tokenizer = PromptTokenizer.load(model, **load.hub)
     if tokenizer is None:
         raise PromptError(f"{model!r} has no tokenizer; calibration needs text as token ids")
     ids = tokenizer.prompt_ids("", words, "")

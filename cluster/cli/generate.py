@@ -12,9 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from cluster.cli import settings
+from cluster.cli.load_settings import loads_a_model
 from cluster.cli.settings import DEFAULTS
 from cluster.errors import ServiceError
 from homer.errors import PromptError
+from homer.load_options import LoadOptions
 from homer.shape import UNCALIBRATED
 
 EXIT_INTERRUPTED = 130
@@ -22,7 +24,10 @@ EXIT_INTERRUPTED = 130
 OWN_RETRIES = 5
 
 
+@loads_a_model(device=False)
 def generate(
+    *,
+    load: LoadOptions,
     context: Annotated[str, typer.Option(help="File with the document; - is stdin.")],
     question: Annotated[str, typer.Option(help="The question; it comes after the document.")],
     prefix: Annotated[str, typer.Option(help="Comes before the document.")] = "",
@@ -55,7 +60,6 @@ def generate(
     cpu: settings.Cpu = DEFAULTS.cpu,
     threads: settings.Threads = DEFAULTS.threads,
     address: settings.Address = None,
-    dtype: settings.Dtype = DEFAULTS.dtype,
     bias: settings.Bias = DEFAULTS.bias,
     memory_budget: settings.MemoryBudget = DEFAULTS.memory_budget,
     placement_timeout: settings.PlacementTimeout = DEFAULTS.placement_timeout_seconds,
@@ -110,7 +114,7 @@ def generate(
                     workers=workers,
                     cpu=cpu,
                     threads=threads,
-                    dtype=dtype,
+                    load=load,
                     bias=bias,
                     memory_budget=memory_budget,
                     port=0,

@@ -7,11 +7,16 @@ from typing import Annotated, cast
 import typer
 
 from cluster.cli import settings
+from cluster.cli.load_settings import loads_a_model
 from cluster.cli.settings import DEFAULTS
 from homer.engines import Engine
+from homer.load_options import LoadOptions
 
 
+@loads_a_model(device=False)
 def serve(
+    *,
+    load: LoadOptions,
     model: Annotated[str, typer.Option(help="Model folder in Hugging Face format, or a model id.")],
     workers: settings.Workers = DEFAULTS.workers,
     cpu: settings.Cpu = DEFAULTS.cpu,
@@ -22,7 +27,6 @@ def serve(
     name: Annotated[
         str, typer.Option(help="The coordinator's name on the Ray cluster.")
     ] = DEFAULTS.name,
-    dtype: settings.Dtype = DEFAULTS.dtype,
     wire_dtype: settings.WireDtype = DEFAULTS.wire_dtype,
     bias: settings.Bias = DEFAULTS.bias,
     memory_budget: settings.MemoryBudget = DEFAULTS.memory_budget,
@@ -87,7 +91,7 @@ def serve(
         resources=resources or {},
         labels=labels or {},
         worker_host=worker_host,
-        dtype=dtype,
+        load=load,
         wire_dtype=wire_dtype,
         bias=bias,
         memory_budget=memory_budget,

@@ -54,12 +54,6 @@ WireDtype = Annotated[
         rich_help_panel=_CLUSTER,
     ),
 ]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="float32, bfloat16, float16, or auto: the checkpoint's own.", rich_help_panel=_CLUSTER
-    ),
-]
 EngineOption = Annotated[
     str,
     typer.Option(

@@ -60,7 +60,11 @@ def test_workers_are_told_their_budget_and_share() -> None:
     ]
     assert [one.memory_budget for one in told] == ["3GiB"] * 3
     assert [one.memory_share for one in told] == [0.5, 0.5, 1.0]
-    assert [(one.device, one.threads) for one in told] == [("cuda:0", 0), ("cuda:0", 0), ("cpu", 4)]
+    assert [(one.load.device, one.threads) for one in told] == [
+        ("cuda:0", 0),
+        ("cuda:0", 0),
+        ("cpu", 4),
+    ]
     assert (told[2].model, told[2].name, told[2].host) == ("m", "worker-2", "10.0.0.7")
 
 

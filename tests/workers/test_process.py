@@ -125,6 +125,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from homer.v1 import worker_pb2, worker_pb2_grpc
 from workers.engine import LoadedModel
+from homer.load_options import LoadOptions
 from workers.options import WorkerOptions
 from workers.server import WorkerServer
 
@@ -132,7 +133,7 @@ asked, load = threading.Event(), LoadedModel.load
 LoadedModel.load = lambda options: asked.wait(60) and load(options)
 
 async def main(path):
-    server = WorkerServer(WorkerOptions(model=path, device="cpu", threads=1))
+    server = WorkerServer(WorkerOptions(model=path, load=LoadOptions(device="cpu"), threads=1))
     starting = asyncio.create_task(server.start())
     while not server.port:
         await asyncio.sleep(0.01)

@@ -1,0 +1,120 @@
+"""The files of a checkpoint: which there are, and whether they are whole.
+
+Reads sizes and headers, never weights: a truncated file is found in a moment, before memory is
+taken. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from homer.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+_OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors")
+_HEADER_LIMIT = 100 << 20
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The safetensors files of a checkpoint, and which weight lies in which.
+
+    `of` maps each weight's name in the checkpoint to the place of its file in `files`.
+    """
+
+    files: tuple[Path, ...]
+    of: dict[str, int]
+
+
+def find_shards(folder: str | Path) -> Shards | None:
+    """The safetensors files of a model folder; None where it is no folder or has other formats.
+
+    Raises
+    ------
+    CheckpointError
+        When a file is missing, truncated or damaged: which one, and what to do.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    if (folder / INDEX_FILE).is_file():
+        return _indexed(folder)
+    weights = folder / WEIGHTS_FILE
+    if weights.is_file():
+        return Shards((weights,), dict.fromkeys(_read_header(weights), 0))
+    if not any(any(folder.glob(pattern)) for pattern in _OTHER_FORMATS):
+        raise CheckpointError(
+            f"{folder} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}; copy them there, "
+            "or name the folder that has them"
+        )
+    return None
+
+
+def fingerprint(folder: str | Path) -> tuple[tuple[str, int, int], ...]:
+    """Changes when a file of a model folder does: names, sizes and times; empty for a model id."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return ()
+    stats = ((file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file())
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def _indexed(folder: Path) -> Shards:
+    index = folder / INDEX_FILE
+    try:
+        weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        named = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is no index of a checkpoint ({error!r}); copy it there again"
+        ) from error
+    names = sorted(set(named.values()))
+    places = {name: place for place, name in enumerate(names)}
+    files = tuple(folder / name for name in names)
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(files)} files that {INDEX_FILE} names: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}; copy or download them "
+            "again"
+        )
+    for file in files:
+        held = set(_read_header(file))
+        meant = {weight for weight, at in named.items() if at == file.name}
+        if lacks := sorted(meant - held):
+            raise CheckpointError(
+                f"{file} lacks {len(lacks)} weights that {INDEX_FILE} says are in it, like "
+                f"{lacks[0]}: its files are from different checkpoints; copy all of them again"
+            )
+    return Shards(files, {weight: places[file] for weight, file in named.items()})
+
+
+def _read_header(file: Path) -> list[str]:
+    """The names of a safetensors file's weights, where its size is what its header says."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            (length,) = struct.unpack("<Q", start)
+            if length > min(_HEADER_LIMIT, size - 8):
+                raise ValueError(f"a header of {length:,} bytes")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(
+            f"{file} ({size:,} bytes) is no safetensors file ({error}); a file that git LFS has "
+            "not fetched, or an interrupted copy, looks so: copy or download it again"
+        ) from error
+    expected = 8 + length + end
+    if size != expected:
+        kind = "truncated" if size < expected else "too long"
+        raise CheckpointError(
+            f"{file} is {kind}: it has {size:,} bytes, and its header says {expected:,}; copy or "
+            "download it again"
+        )
+    return list(header)
