@@ -135,7 +135,7 @@ class Answers:
             self._nodes.forget(active, member.name)
         elif active.answer_faults >= core.options.max_faults:
             raise error
-        elif active.answer_faults % FAULTS_ON_ONE_WORKER == 0 and len(core.members) > 1:
+        elif active.answer_faults % FAULTS_ON_ONE_WORKER == 0 and self._others(active):
             self._nodes.expel(active, run, member.name, str(error))
         core.observer.retried(active.job, root, "peer" if code == "UNAVAILABLE" else "fault")
         active.answer = None
@@ -151,13 +151,17 @@ class Answers:
         elif active.peer_faults[peer.name] >= PEER_FAULTS:
             self._nodes.expel(active, active.run, peer.name, str(error))
 
+    def _others(self, active: Active) -> bool:
+        """Whether more than one worker may still give the answer."""
+        full = self._core.members.fitting(active.job.plan.root)
+        return sum(member.name not in active.run.banned for member in full) > 1
+
     async def _wait_for_memory(
         self, active: Active, member: Member, error: WorkerCallError
     ) -> None:
         """The final cache does not fit beside what the worker holds: later, or elsewhere."""
         if active.answer_faults > self._core.options.max_faults:
-            others = [m for m in self._core.members if m.name not in active.run.banned]
-            if len(others) < 2:
+            if not self._others(active):
                 raise CapacityError(
                     f"no worker has the memory for the final cache: {error}; lower target_len, or "
                     "raise --memory-budget"

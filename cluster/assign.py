@@ -142,8 +142,15 @@ def may_run(active: Active, member: Member, now: float) -> bool:
 
 
 def allowed(unit: Unit, member: Member, members: Members) -> bool:
-    """Whether a unit that failed on `member` before has to go elsewhere."""
-    return member.name not in unit.avoid or all(other.name in unit.avoid for other in members)
+    """Whether `member` may run a unit: it has the layers, and need not leave it to others.
+
+    A unit that failed on it before goes to others, where there are any.
+    """
+    if not member.fits(unit.node):
+        return False
+    return member.name not in unit.avoid or all(
+        other.name in unit.avoid for other in members.fitting(unit.node)
+    )
 
 
 def adrift(active: Active, members: Members) -> list[Unit]:

@@ -113,6 +113,9 @@ class PieceQueue:
         The pieces in context order.
     on_split : callable
         Told of each piece that is cut into its children, which are pieces from then on.
+    fits : callable
+        Whether a worker has the layers that a piece runs. What fits no leaf gets nothing; what fits
+        only leaves gets pieces cut down to them.
 
     Notes
     -----
@@ -124,10 +127,15 @@ class PieceQueue:
     """
 
     def __init__(
-        self, index: PlanIndex, pieces: Sequence[NodeId], on_split: Callable[[NodeId], None]
+        self,
+        index: PlanIndex,
+        pieces: Sequence[NodeId],
+        on_split: Callable[[NodeId], None],
+        fits: Callable[[str, NodeId], bool] = lambda *_: True,
     ) -> None:
         self._index = index
         self._on_split = on_split
+        self._fits = fits
         self._starts: dict[int, _Gap] = {}
         self._ends: dict[int, _Gap] = {}
         # By work, the largest first; entries of gaps that have changed since are stale.
@@ -143,6 +151,8 @@ class PieceQueue:
 
     def take(self, worker: str, pace: Pace) -> NodeId | None:
         """The next piece for `worker`; None when there is none, or it had better wait."""
+        if not self._fits(worker, self._index.plan.nodes[0].id):
+            return None
         own = self._next.get(worker)
         gap = self._starts.get(own) if own is not None else None
         if gap is None:
@@ -150,7 +160,9 @@ class PieceQueue:
         if gap is None:
             return None
         piece = gap.pieces[0]
-        while self._work(piece) > pace.largest(worker) and self._split_first(gap):
+        while (
+            not self._fits(worker, piece) or self._work(piece) > pace.largest(worker)
+        ) and self._split_first(gap):
             piece = gap.pieces[0]
         self._remove(gap)
         gap.pieces.popleft()

@@ -59,10 +59,20 @@ class Dispatcher:
 
         Else it gets its turn when one of them has room.
         """
-        for rank, home in enumerate(active.run.best_homes(unit)):
+        homes = active.run.best_homes(unit)
+        if not homes:
+            # Its children are where the layers for it are not.
+            self._start_anywhere(active, unit)
+        for rank, home in enumerate(homes):
             member = self._core.members.get(home)
             if member is None or (rank and member.load):
                 continue
+            if self._can_take(active, member, unit):
+                self._start_unit(active, member, unit)
+                return
+
+    def _start_anywhere(self, active: Active, unit: Unit) -> None:
+        for member in self._core.members.by_load():
             if self._can_take(active, member, unit):
                 self._start_unit(active, member, unit)
                 return
@@ -113,10 +123,7 @@ class Dispatcher:
     def offer_adrift(self) -> None:
         for active in list(self._core.actives.values()):
             for unit in adrift(active, self._core.members) if active.open else ():
-                for member in self._core.members.by_load():
-                    if self._can_take(active, member, unit):
-                        self._start_unit(active, member, unit)
-                        break
+                self._start_anywhere(active, unit)
 
     def use_idle(self) -> None:
         """Leaves that were left to others, and second runs of what runs far too long."""

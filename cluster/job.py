@@ -183,6 +183,13 @@ class WorkerInfo:
     memory_budget_bytes: int = 0
     # Where its metrics are; 0 where it serves none.
     metrics_port: int = 0
+    # 0 where it does not say.
+    loaded_layers: int = 0
+
+    @property
+    def lowest_layers(self) -> int | None:
+        """How many of the lowest layers it has; None is all."""
+        return self.loaded_layers if 0 < self.loaded_layers < self.num_layers else None
 
 
 @dataclass(frozen=True)

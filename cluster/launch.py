@@ -31,6 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.coordinator import NAMESPACE, Coordinator
 from cluster.errors import PlacementError
 from cluster.keeper import Keeper, keeper_name
+from cluster.leaf_layers import with_leaf_layers
 from cluster.options import ServeOptions
 from cluster.placement import WorkerSpec, placement_problem, total
 from cluster.slot import cause_of
@@ -127,6 +128,7 @@ def running_service(options: ServeOptions) -> Iterator[str]:
         When it cannot start, with the reason: no room, a model that cannot be loaded, a port in
         use.
     """
+    options = with_leaf_layers(options)
     # Beside whoever starts it: that is where the address is meant.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     settings: dict[str, Any] = {

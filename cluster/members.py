@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from cluster.job import WorkerClient, WorkerInfo, WorkerStats
+from homer.plan import PlanNode
 
 SPEED_WEIGHT = 0.3
 
@@ -19,6 +20,8 @@ class Member:
 
     Attributes
     ----------
+    layers : int or None
+        How many of the lowest layers it has: it runs leaves, and never a root. None is all.
     running : set of str
         Requests of which it runs a piece or a merge, one of each.
     answers : int
@@ -29,8 +32,9 @@ class Member:
         What it last said about itself; None before.
     """
 
-    def __init__(self, client: WorkerClient) -> None:
+    def __init__(self, client: WorkerClient, layers: int | None = None) -> None:
         self.client = client
+        self.layers = layers
         self.name = client.name
         self.running: set[str] = set()
         self.answers = 0
@@ -48,6 +52,10 @@ class Member:
     def load(self) -> int:
         """How much it does at once: fewer is better for new work."""
         return len(self.running) + self.answers
+
+    def fits(self, node: PlanNode) -> bool:
+        """Whether it has the layers that `node` runs."""
+        return self.layers is None or node.layer_end <= self.layers
 
     def room(self, slots: int) -> int:
         """How many pieces or merges it may take beside what it runs; answers take places too."""
@@ -100,6 +108,20 @@ class Members:
     def usable(self, name: str) -> bool:
         """Whether this worker may get work."""
         return name in self._usable
+
+    def fits(self, name: str, node: PlanNode) -> bool:
+        """Whether this worker has the layers that `node` runs."""
+        member = self._all.get(name)
+        return member is not None and member.fits(node)
+
+    def fitting(self, node: PlanNode) -> list[Member]:
+        """Those that may get work and have the layers that `node` runs."""
+        return [member for member in self if member.fits(node)]
+
+    @property
+    def has_full(self) -> bool:
+        """Whether any that may get work has all layers."""
+        return any(member.layers is None for member in self._usable.values())
 
     def at(self, address: str) -> Member | None:
         """Whose address this is."""

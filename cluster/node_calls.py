@@ -172,7 +172,8 @@ class NodeCalls:
         for task, worker in list(active.tasks.items()):
             if worker == name and task is not current:
                 task.cancel()
-        if len(self._core.members) and all(m.name in run.banned for m in self._core.members):
+        full = self._core.members.fitting(active.job.plan.root)
+        if full and all(member.name in run.banned for member in full):
             raise WorkerCallError(f"every worker failed this request; the last: {name}: {reason}")
 
     def forget(self, active: Active, name: str) -> None:

@@ -57,6 +57,11 @@ class ServeOptions:
         `gpus_per_worker` GPUs.
     cpu_workers : int
         Workers on the CPU beside those on GPUs.
+    leaf_workers : int
+        Workers beside those that load only the lowest `leaf_layers`, run leaves that need no more,
+        and are otherwise like `workers`. By default (0) as many layers as leaves run of a document
+        that has a leaf for every worker.
+    leaf_layers : int
     threads : int
     gpus_per_worker : float
         Below 1, several workers share a GPU.
@@ -116,6 +121,8 @@ class ServeOptions:
     max_workers: int | None = None
     cpu: bool = False
     cpu_workers: int = 0
+    leaf_workers: int = 0
+    leaf_layers: int = 0
     threads: int = 1
     gpus_per_worker: float = 1.0
     engine: Engine = "torch"
@@ -148,7 +155,10 @@ class ServeOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; use 1 or more")
-        for name in ("cpu_workers", "grow_after_seconds", "idle_seconds", "grace_seconds"):
+        for name in (
+            "cpu_workers", "leaf_workers", "leaf_layers", "grow_after_seconds", "idle_seconds",
+            "grace_seconds",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use 0 or more")
         if not 0 <= self.port <= 65535:
@@ -158,6 +168,8 @@ class ServeOptions:
         if self.memory_budget != "auto":
             parse_bytes(self.memory_budget)
         check_engine(self.engine, self.ranks)
+        if self.leaf_workers and self.engine != "torch":
+            raise ConfigError(f"leaf_workers need engine torch, not {self.engine}")
         self._check_devices()
         self._check_placement()
 
@@ -227,9 +239,14 @@ class ServeOptions:
 
     @property
     def initial(self) -> list[WorkerSpec]:
-        """All workers at the start; those on the CPU beside GPUs last."""
+        """All workers at the start; those on the CPU beside GPUs, then leaf workers, last."""
         beside = WorkerSpec(cpus=self.threads * self.ranks)
-        return [self.main_spec] * self.workers + [beside] * self.cpu_workers
+        leaf = replace(self.main_spec, leaf=True)
+        return (
+            [self.main_spec] * self.workers
+            + [beside] * self.cpu_workers
+            + [leaf] * self.leaf_workers
+        )
 
     def place(self, number: int) -> Place:
         """Where worker `number` goes.
@@ -257,7 +274,7 @@ class ServeOptions:
             return spec.gpus / self.ranks
         if self.placement == "strict-spread":
             return 1.0
-        there_may_be = self.most if self.cpu else self.cpu_workers
+        there_may_be = self.most + self.leaf_workers if self.cpu else self.cpu_workers
         return 1 / max(1, min(there_may_be, int(node_cpus // spec.cpus)))
 
     def worker_options(
@@ -268,6 +285,8 @@ class ServeOptions:
             model=self.model,
             host=host,
             load=replace(self.load, device="cuda:0" if spec.gpus else "cpu"),
+            role="leaf" if spec.leaf else "full",
+            leaf_layers=self.leaf_layers if spec.leaf else 0,
             wire_dtype=self.wire_dtype,
             threads=0 if spec.gpus else spec.cpus // self.ranks,
             engine=self.engine,

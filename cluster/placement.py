@@ -30,12 +30,15 @@ class WorkerSpec:
         Further resources of the node, by Ray's names, and how much of each.
     labels : mapping
         Labels that the node must have, in the words of Ray's label selectors.
+    leaf : bool
+        It loads only the layers that leaves run.
     """
 
     gpus: float = 0.0
     cpus: int = 1
     resources: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    leaf: bool = False
 
     @property
     def bundle(self) -> dict[str, float]:

@@ -71,6 +71,8 @@ class JobRun:
         For how many workers the plan is cut, and how finely.
     answers : callable
         How many answers a worker is decoding: the root goes where there are fewest.
+    fits : callable
+        Whether a worker has the layers that a node runs.
     """
 
     def __init__(
@@ -79,10 +81,12 @@ class JobRun:
         workers: int,
         pieces_per_worker: int,
         answers: Callable[[str], int] = lambda _: 0,
+        fits: Callable[[str, PlanNode], bool] = lambda *_: True,
     ) -> None:
         self.job = job
         self._plan = job.plan
         self._answers = answers
+        self._fits = fits
         pieces = cut_plan(job.plan, workers, pieces_per_worker)
         cut_height = pieces[0].height
         self.index = PlanIndex(job.plan)
@@ -96,12 +100,15 @@ class JobRun:
             for order, node in enumerate(job.plan.nodes)
             if node.id.height >= cut_height
         }
-        self._queue = PieceQueue(self.index, pieces, self._split)
+        self._queue = PieceQueue(
+            self.index, pieces, self._split, lambda name, node: fits(name, job.plan.by_id[node])
+        )
         # Pieces that some workers should not get again, beside the queue.
         self._again: list[Unit] = []
         # Whether pieces have become free since that was last asked for.
         self._freed = True
-        # Merges whose children are done, each with the workers under which it is listed.
+        # Merges whose children are done, each with the workers under which it is listed: "" where
+        # none of those that have a child has its layers.
         self._ready: dict[NodeId, tuple[str, ...]] = {}
         self._ready_at: defaultdict[str, set[NodeId]] = defaultdict(set)
         # Those that have become so since they were last asked for.
@@ -155,19 +162,24 @@ class JobRun:
         return freed
 
     def ready_at(self, worker: str) -> list[Unit]:
-        """Ready merges of which `worker` has a child, the first in the tree first."""
-        if self.parked or not (at := self._ready_at.get(worker)):
+        """Ready merges of which `worker` has a child, the first in the tree first.
+
+        Those that none may run who has a child are anybody's.
+        """
+        at = self._ready_at.get(worker, set()) | self._ready_at.get("", set())
+        if self.parked or not at:
             return []
         return sorted((self.units[node] for node in at), key=lambda unit: unit.order)
 
     def best_homes(self, unit: Unit) -> list[str]:
-        """Where a ready merge's children are: first where most of its rows are already.
+        """Where a ready merge's children are, and it may run: first where most of its rows are.
 
         The root goes first where fewest answers are decoded, so that answers spread over the pool.
         """
         rows: Counter[str] = Counter()
         for child in unit.node.children:
-            if home := self.units[child].home:
+            home = self.units[child].home
+            if home and self._fits(home, unit.node):
                 rows[home] += self._plan.by_id[child].context_out
         is_root = unit.node.id == self._plan.root.id
 
@@ -321,7 +333,8 @@ class JobRun:
     def _update_ready(self, unit: Unit) -> None:
         self._ready_remove(unit)
         if unit.home is None and not unit.tries and not unit.waiting:
-            homes = {self.units[child].home or "" for child in unit.node.children}
+            at = (self.units[child].home or "" for child in unit.node.children)
+            homes = {home for home in at if self._fits(home, unit.node)} or {""}
             self._ready[unit.node.id] = tuple(homes)
             self._fresh.append(unit)
             for home in homes:

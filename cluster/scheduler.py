@@ -117,8 +117,10 @@ class Scheduler:
         """The number of pieces into which a plan is cut at first."""
         return len(cut_plan(plan, max(1, len(self._members)), self.options.pieces_per_worker))
 
-    def add_worker(self, client: WorkerClient) -> None:
+    def add_worker(self, client: WorkerClient, layers: int | None = None) -> None:
         """Let a worker take work from now on. It must hold nothing: reset one that did.
+
+        With `layers` it has only so many of the lowest, and gets leaves that need no more.
 
         Raises
         ------
@@ -127,7 +129,7 @@ class Scheduler:
         """
         if self._members.get(client.name) is not None:
             raise ValueError(f"a worker named {client.name} is there already")
-        member = Member(client)
+        member = Member(client, layers)
         self._members.add(member)
         self._heartbeat.watch(member, self._admit)
         self._admission.worker_joined(self._core.now())
@@ -334,15 +336,18 @@ class Scheduler:
     def _check_workers(self) -> None:
         """Give requests up for which no worker is left."""
         now, limit = self._core.now(), self.options.no_worker_timeout_seconds
-        if len(self._members):
+        if self._members.has_full:
             self._no_worker_since = None
             return
+        leaves_only = " that has all layers" if len(self._members) else ""
         self._no_worker_since = self._no_worker_since or now
         for active in self._actives.values():
             since = max(self._no_worker_since, active.times.submitted)
             if now - since >= limit and active.answer is None and not active.ending:
                 active.fail(
-                    NoWorkersError(f"no worker is left, and none came in {limit:g} seconds", limit)
+                    NoWorkersError(
+                        f"no worker{leaves_only} is left, and none came in {limit:g} seconds", limit
+                    )
                 )
 
     def _check_memory(self) -> None:

@@ -18,7 +18,7 @@ from cluster.job import WorkerClient
 from cluster.options import ServeOptions
 from cluster.worker_actor import WorkerProcess
 from cluster.worker_client import GrpcWorkerClient
-from homer.errors import HomerError
+from homer.errors import CheckpointError, HomerError
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def backoff_seconds(failures: int) -> float:
 class Members(Protocol):
     """Who is told of workers: the scheduler."""
 
-    def add_worker(self, client: WorkerClient) -> None: ...
+    def add_worker(self, client: WorkerClient, layers: int | None = None) -> None: ...
 
     def lose_worker(self, name: str, reason: str) -> None: ...
 
@@ -97,16 +97,17 @@ class Slot:
         """Keep the worker alive until this is cancelled, or until it ends while retiring."""
         failures = 0
         while not self.retiring:
+            actor: Any = None
             try:
                 actor, process = await self._next_process()
                 self.state = "loading"
-                client = await self._start(actor, process)
+                client, layers = await self._start(actor, process)
                 failures = 0
-                reason = await self._serve(actor, process, client)
+                reason = await self._serve(actor, process, client, layers)
                 self._tell(reason)
             except (HomerError, RayError, TimeoutError) as error:
                 failures += 1
-                await self._failed(cause_of(error), failures)
+                await self._failed(cause_of(error), failures, actor)
 
     async def stop(self) -> None:
         """Let the worker drain and end, where it ever served."""
@@ -142,7 +143,10 @@ class Slot:
             ray.kill(actor, no_restart=False)
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def _start(self, actor: Any, process: WorkerProcess) -> GrpcWorkerClient:
+    async def _start(
+        self, actor: Any, process: WorkerProcess
+    ) -> tuple[GrpcWorkerClient, int | None]:
+        """A client of the process, and how many of the lowest layers it has; None is all."""
         name = await result(self._keeper.name.remote(self.number, process.id))
         # Whatever becomes of it, this process serves once.
         self._given_up.add(process.id)
@@ -157,19 +161,21 @@ class Slot:
         try:
             # What it holds is from before the coordinator died.
             await client.reset()
+            return client, (await client.info()).lowest_layers
         except (WorkerCallError, WorkerLostError):
             await client.close()
             raise
-        return client
 
-    async def _serve(self, actor: Any, process: WorkerProcess, client: GrpcWorkerClient) -> str:
+    async def _serve(
+        self, actor: Any, process: WorkerProcess, client: GrpcWorkerClient, layers: int | None
+    ) -> str:
         """Let the worker work until it ends or is fenced; returns why."""
         self._actor = actor
         ended = asyncio.ensure_future(result(actor.until_ended.remote()))
         self._fenced = asyncio.get_running_loop().create_future()
         self.client, self.state, self.reason = client, "serving", ""
         _log.info("%s serves at %s as process %d", client.name, client.address, process.process_id)
-        self._members.add_worker(client)
+        self._members.add_worker(client, layers)
         if not self.started.done():
             self.started.set_result(None)
         try:
@@ -184,7 +190,7 @@ class Slot:
             self.client = None
             await client.close()
 
-    async def _failed(self, error: BaseException, failures: int) -> None:
+    async def _failed(self, error: BaseException, failures: int, actor: Any) -> None:
         self._tell(f"{error}")
         fatal = isinstance(error, HomerError) or failures >= START_ATTEMPTS
         if fatal and not self.started.done():
@@ -193,6 +199,14 @@ class Slot:
                 if isinstance(error, HomerError)
                 else PlacementError(f"worker-{self.number} cannot start: {error}")
             )
+        if isinstance(error, CheckpointError) and actor is not None:
+            # Another process would find the same files.
+            self._tell(f"{error}; it is tried again when files change")
+            _log.warning("worker-%d cannot serve: %s", self.number, self.reason)
+            try:
+                return await result(actor.until_files_change.remote())
+            except RayError as lost:
+                _log.warning("worker-%d: its process ended: %r", self.number, lost)
         seconds = backoff_seconds(failures)
         _log.warning(
             "worker-%d cannot serve (try %d, the next in %g s): %s",

@@ -15,6 +15,7 @@ import ray
 
 from cluster.options import ServeOptions
 from cluster.placement import WorkerSpec
+from homer.checkpoint import fingerprint, until_files_change
 
 # Before anything imports gRPC: a server must not try to survive a fork that nobody makes.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -42,6 +43,7 @@ class WorkerActor:
         self._spec = spec
         self._toward = toward
         self._server: WorkerServer | None = None
+        self._files = fingerprint("")
         self._started: asyncio.Task[str] | None = None
         self._ended = asyncio.Event()
 
@@ -55,6 +57,10 @@ class WorkerActor:
             self._started = asyncio.create_task(self._start(name))
         return await asyncio.shield(self._started)
 
+    async def until_files_change(self) -> None:
+        """Returns when the model's files are not those that were there when it was to be loaded."""
+        await until_files_change(self._options.model, self._files)
+
     async def until_ended(self) -> None:
         """Returns when the worker was stopped; fails when the process dies."""
         await self._ended.wait()
@@ -67,6 +73,7 @@ class WorkerActor:
 
     async def _start(self, name: str) -> str:
         options = self._options
+        self._files = fingerprint(options.model)
         set_up_logging(options.log_format, worker=name)
         server = WorkerServer(
             options.worker_options(

@@ -64,6 +64,7 @@ class GrpcWorkerClient:
             kv_bytes_per_token=info.kv_bytes_per_token,
             memory_budget_bytes=info.memory_budget_bytes,
             metrics_port=info.metrics_port,
+            loaded_layers=info.loaded_layers,
         )
 
     async def stats(self) -> WorkerStats:

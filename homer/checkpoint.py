@@ -6,6 +6,7 @@ taken. Knows nothing about models.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from homer.errors import CheckpointError
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors")
+POLL_SECONDS = 1.0
 _HEADER_LIMIT = 100 << 20
 
 
@@ -62,6 +64,12 @@ def fingerprint(folder: str | Path) -> tuple[tuple[str, int, int], ...]:
         return ()
     stats = ((file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file())
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+async def until_files_change(folder: str | Path, before: tuple[tuple[str, int, int], ...]) -> None:
+    """Returns when the files of a model folder are not those of `before`, their `fingerprint`."""
+    while await asyncio.to_thread(fingerprint, folder) == before:
+        await asyncio.sleep(POLL_SECONDS)
 
 
 def _indexed(folder: Path) -> Shards:

@@ -163,7 +163,7 @@ class TreeEncoder:
         return CacheBuilder(self.stack, self.plan, root, prefix_kv, self.suffix_ids, room_tokens)
 
     def prefix_kv(self) -> list[LayerKV]:
-        """Keys and values of the prefix in all layers; computed once, for every chunk and level.
+        """Keys and values of the prefix in all layers here; computed once for all chunks, levels.
 
         The prefix sees only itself, so its states are the same everywhere; averaging them at a
         merge changes nothing.
@@ -172,7 +172,7 @@ class TreeEncoder:
             node_pass = NodePass(span=self.plan.next_position)
             positions = torch.arange(self.plan.prefix_len, device=self.stack.device)
             hidden = self.stack.embed(self.prefix_ids)
-            self.stack.run(hidden, positions, range(self.plan.num_layers), node_pass)
+            self.stack.run(hidden, positions, range(self.stack.loaded_layers), node_pass)
             self._prefix_kv = node_pass.kv
         return self._prefix_kv
 

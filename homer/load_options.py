@@ -16,7 +16,7 @@ from typing import Any
 from homer.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
+ATTENTIONS = ("auto", "sdpa", "eager")
 TOKEN_VARIABLE = "HF_TOKEN"
 TOKEN_FILE_HELP = f"file with the hub's access token; by default {TOKEN_VARIABLE} says it"
 LOAD_HELP = {
@@ -51,8 +51,7 @@ class LoadOptions:
         Ask no hub: what is not on this machine is an error.
     attention : str
         "auto" and "sdpa" are torch's own attention, with its flash kernels on a GPU; "eager" is
-        the family's plain one; "flash_attention_2" and "flash_attention_3" need their packages and
-        a GPU.
+        the family's plain one, which only matters where the model runs outside of Homer.
     quantization : str, optional
         Quantize while loading: a name of `homer.quantization.QUANTIZATIONS`, or transformers'
         quantization config as JSON. A checkpoint that is quantized says so itself.
@@ -77,6 +76,11 @@ class LoadOptions:
     lower_layers: int | None = None
 
     def __post_init__(self) -> None:
+        if self.attention.startswith("flash"):
+            raise ConfigError(
+                f"attention is {self.attention!r}, which would never run: Homer computes attention "
+                "itself, with torch's own, which has flash kernels on a GPU; use sdpa"
+            )
         for name, known in (("dtype", DTYPES), ("attention", ATTENTIONS)):
             value = getattr(self, name)
             if value not in known:

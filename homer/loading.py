@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from homer.adapters import add_adapter
 from homer.checkpoint import find_shards
-from homer.errors import CheckpointError, ConfigError, ModelError
+from homer.errors import CheckpointError, ConfigError, HomerError, ModelError
 from homer.load_options import LoadOptions
 from homer.load_progress import shown_by_shards
 from homer.quantization import quantization_for
@@ -184,6 +184,9 @@ def _explained(path_or_id: str | Path) -> Iterator[None]:
     name = str(path_or_id)
     try:
         yield
+    except HomerError:
+        # Some are ValueErrors too; they have said it all.
+        raise
     except SafetensorError as error:
         raise CheckpointError(
             f"a file of {name!r} is damaged: {error}; copy or download it again"

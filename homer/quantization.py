@@ -10,9 +10,6 @@ import json
 from importlib.util import find_spec
 from typing import Any
 
-import transformers
-from transformers.quantizers.auto import AutoQuantizationConfig
-
 from homer.errors import ConfigError, ModelError
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
@@ -94,8 +91,12 @@ def _read(wanted: str) -> dict[str, Any]:
 def _build(settings: dict[str, Any]) -> Any:
     settings = dict(settings)
     kind = settings.get("quant_type")
+    # Here, because this imports every library of the kind that is installed.
+    import transformers
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
     try:
-        if settings["quant_method"] == "torchao" and isinstance(kind, str):
+        if settings.get("quant_method") == "torchao" and isinstance(kind, str):
             import torchao.quantization
 
             # Transformers wants the object; its own JSON form is that of a saved checkpoint.

@@ -84,6 +84,12 @@ class LayerStack:
 
     @property
     def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def loaded_layers(self) -> int:
+        """How many of the lowest layers are here; fewer than all can run leaves and no more."""
         return len(self.layers)
 
     @property
@@ -187,6 +193,11 @@ class LayerStack:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Output logits in float32 of the last layer's `hidden`, shape (..., vocab)."""
         family, config = self.family, self.config
+        if self.loaded_layers < self.num_layers:
+            raise ModelError(
+                f"only {self.loaded_layers} of {self.num_layers} layers are loaded, and no output "
+                f"head; load the whole model to get an answer"
+            )
         # Layers that are split over ranks take a batch, and nothing else.
         logits = self.model.get_output_embeddings()(self._norm(hidden)[None])[0]
         if family.logits_multiplier is not None:
@@ -226,8 +237,13 @@ class LayerStack:
         """Run a few tokens in two parts, layer by layer; refuse where the model itself differs."""
         name = f"{type(self.model).__name__} ({self.config.model_type})"
         ids = torch.arange(_CHECK_TOKENS, device=self.device) % self.vocab_size
-        expected = self.model(ids[None], use_cache=False).logits[0, _CHECK_PAST:].float()
-        positions, layers = torch.arange(_CHECK_TOKENS, device=self.device), range(self.num_layers)
+        own = self.model(ids[None], use_cache=False)
+        # A decoder alone ends with its norm.
+        whole = self.loaded_layers == self.num_layers
+        expected = (own.logits if whole else own.last_hidden_state)[0, _CHECK_PAST:].float()
+        finish = self.logits if whole else self._norm
+        positions = torch.arange(_CHECK_TOKENS, device=self.device)
+        layers = range(self.loaded_layers)
         scored: list[int] = []
         first = NodePass(span=_CHECK_TOKENS)
         second = NodePass(
@@ -239,7 +255,7 @@ class LayerStack:
         try:
             self.run(self.embed(ids[:_CHECK_PAST]), positions[:_CHECK_PAST], layers, first)
             hidden = self.embed(ids[_CHECK_PAST:])
-            logits = self.logits(self.run(hidden, positions[_CHECK_PAST:], layers, second))
+            logits = finish(self.run(hidden, positions[_CHECK_PAST:], layers, second)).float()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"{name} cannot be run layer by layer: {error}") from error
         parts = self.cache_heads.size

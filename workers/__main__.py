@@ -1,8 +1,10 @@
 """`python -m workers --model PATH`: one worker process, without Ray.
 
 Prints one line when it is ready: `homer-worker ready host=… port=… pid=…`, and
-`metrics_port=…` where there are metrics. Everything else goes to
-stderr. SIGTERM or SIGINT makes it finish what runs and end; a second one ends it at once.
+`metrics_port=…` where there are metrics. Where the model's files are missing or damaged the line
+says `failed` instead: the process stays, reports that by gRPC, and is ready when there are others.
+Everything else goes to stderr. SIGTERM or SIGINT makes it finish what runs and end; a second one
+ends it at once.
 """
 
 from __future__ import annotations
@@ -17,16 +19,21 @@ import sys
 
 import transformers
 
-from homer.errors import HomerError
+from homer.checkpoint import fingerprint, until_files_change
+from homer.errors import CheckpointError, HomerError
 from homer.load_options import LOAD_HELP, TOKEN_FILE_HELP, LoadOptions, read_token
 from workers.logs import set_up_logging
 from workers.options import WorkerOptions
 from workers.server import WorkerServer
 
+EXIT_MISTAKE = 2
+
 _HELP = {
     "model": "folder in Hugging Face format, or model id",
     "host": "address, network (10.1.0.0/16) or interface (eth1) on which others reach it",
     "port": "port to listen on; 0 takes a free one",
+    "role": "full; or leaf: load only the lowest --leaf-layers and run leaves that need no more",
+    "leaf_layers": "layers of a leaf worker, as many as leaves run (homer plan shows them)",
     "threads": "threads of a model run on the CPU; 0 leaves it to torch",
     "engine": "torch; deepspeed-tp or transformers-tp (with --ranks); or deepspeed-zero3",
     "ranks": "processes of this machine that together are this worker",
@@ -81,24 +88,48 @@ async def serve(options: WorkerOptions) -> None:
     for number in signals:
         loop.add_signal_handler(number, stop.set)
     server = WorkerServer(options)
-    starting = asyncio.create_task(server.start())
+    starting = asyncio.create_task(_start(server))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         # A load cannot be interrupted, and nothing is lost by ending in the middle of it.
-        os._exit(0)
+        os._exit(EXIT_MISTAKE if server.problem else 0)
     starting.result()
-    metrics = "" if server.metrics_port is None else f" metrics_port={server.metrics_port}"
-    print(
-        f"homer-worker ready host={server.host} port={server.port} pid={os.getpid()}{metrics}",
-        flush=True,
-    )
+    _tell("ready", server)
     await stopping
     for number in signals:
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_DFL)
     logging.getLogger(__package__).info("draining")
     await server.stop()
+
+
+async def _start(server: WorkerServer) -> None:
+    """Serve; where the model's files are at fault, say so to whoever asks until there are others.
+
+    Whoever watches this process would only start it again, and again.
+    """
+    await server.listen()
+    model = server.options.model
+    while True:
+        files = fingerprint(model)
+        try:
+            return await server.load()
+        except CheckpointError as error:
+            print(f"error: {error}; it is tried again when files change", file=sys.stderr)
+            _tell("failed", server)
+            await until_files_change(model, files)
+        except BaseException:
+            await server.stop(0)
+            raise
+
+
+def _tell(word: str, server: WorkerServer) -> None:
+    metrics = "" if server.metrics_port is None else f" metrics_port={server.metrics_port}"
+    print(
+        f"homer-worker {word} host={server.host} port={server.port} pid={os.getpid()}{metrics}",
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -110,7 +141,7 @@ def main() -> int:
         asyncio.run(serve(options))
     except HomerError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_MISTAKE
     return 0
 
 

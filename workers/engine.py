@@ -59,7 +59,7 @@ class LoadedModel:
             torch.set_num_threads(options.threads)
         started = time.perf_counter()
         if options.engine == "torch":
-            model = load_model(options.model, options.load)
+            model = load_model(options.model, options.loading)
         else:
             model = load_on_ranks(
                 options.model,

@@ -26,6 +26,7 @@ from homer.decode import DecodeCache, decode_step
 from homer.encode import TreeEncoder
 from homer.errors import HomerError
 from homer.finish import CacheBuilder
+from homer.load_options import LoadOptions
 from homer.plan import NodeId
 from homer.state import KVShard, NodeState
 from homer.v1 import worker_pb2
@@ -164,7 +165,8 @@ def main() -> int:
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
     first = json.loads(lines.get())
-    options = WorkerOptions(**first["options"])
+    load = LoadOptions(**first["options"].pop("load"))
+    options = WorkerOptions(load=load, **first["options"])
     set_up_logging(options.log_format, worker=f"{options.name or 'worker'} rank {first['rank']}")
     try:
         join_ranks(options, first["rank"], Path(first["folder"]))

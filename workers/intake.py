@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from homer.encode import TreeEncoder
-from homer.errors import PromptError, StateError
+from homer.errors import ModelError, PromptError, StateError
 from homer.plan import NodeId, PlanNode
 from homer.v1 import worker_pb2
 from workers.engine import LoadedModel
@@ -39,10 +39,19 @@ def open_node(
     PromptError, PlanError, StateError
         When the request is not what its plan says, another one has its id, or there is no such
         node.
+    ModelError
+        When the node runs layers that are not loaded here.
     """
 
     held = store.open(spec, partial(make_encoder, model, spec))
-    return held, find_node(held, node)
+    found = find_node(held, node)
+    if found.layer_end > model.stack.loaded_layers:
+        raise ModelError(
+            f"node {tuple(found.id)} runs layers up to {found.layer_end}, but this worker has only "
+            f"the lowest {model.stack.loaded_layers} of {model.stack.num_layers}; use a worker "
+            "with more layers"
+        )
+    return held, found
 
 
 def make_encoder(model: LoadedModel, spec: worker_pb2.RequestSpec) -> TreeEncoder:

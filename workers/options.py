@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from homer.engines import Engine, check_engine
@@ -11,6 +12,7 @@ from workers.budget import parse_bytes
 
 TRANSPORTS = ("auto", "grpc")
 WIRE_DTYPES = ("auto", "bfloat16", "float16", "float8")
+ROLES = ("full", "leaf")
 STALL_SECONDS = 30.0
 
 
@@ -30,6 +32,10 @@ class WorkerOptions:
     load : LoadOptions
         How the model is loaded, and on which device. Each of its fields is an option of the
         command line.
+    role : str
+        "full" loads all layers; "leaf" only the lowest `leaf_layers`, which is enough for leaves
+        that run no more, and never gives an answer.
+    leaf_layers : int
     threads : int
         Threads of a model run on the CPU. 0 leaves it to torch.
     engine : Engine
@@ -76,6 +82,8 @@ class WorkerOptions:
     host: str = "127.0.0.1"
     port: int = 0
     load: LoadOptions = field(default_factory=LoadOptions)
+    role: str = "full"
+    leaf_layers: int = 0
     threads: int = 0
     engine: Engine = "torch"
     ranks: int = 1
@@ -105,6 +113,7 @@ class WorkerOptions:
                 f"engine {self.engine} takes of the options for loading only device and dtype; use "
                 "engine torch for revisions, attention, quantization and adapters"
             )
+        self._check_role()
         if self.memory_budget != "auto":
             parse_bytes(self.memory_budget)
         if not 0 < self.memory_share <= 1:
@@ -119,3 +128,19 @@ class WorkerOptions:
             raise ConfigError(f"wire_dtype is {self.wire_dtype!r}; use one of {list(WIRE_DTYPES)}")
         if self.peer_stall_seconds <= 0:
             raise ConfigError(f"peer_stall_seconds is {self.peer_stall_seconds}; use more than 0")
+
+    def _check_role(self) -> None:
+        if self.role not in ROLES:
+            raise ConfigError(f"role is {self.role!r}; use one of {list(ROLES)}")
+        if (self.role == "leaf") != (self.leaf_layers > 0):
+            raise ConfigError(
+                f"role is {self.role} and leaf_layers is {self.leaf_layers}; role leaf needs the "
+                "number of layers that leaves run, which `homer plan` shows, and no other role does"
+            )
+        if self.role == "leaf" and self.engine != "torch":
+            raise ConfigError(f"role leaf needs engine torch, not {self.engine}")
+
+    @property
+    def loading(self) -> LoadOptions:
+        """How the model is loaded, as far as the role goes."""
+        return dataclasses.replace(self.load, lower_layers=self.leaf_layers or None)

@@ -14,7 +14,7 @@ import socket
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from homer.errors import ConfigError
+from homer.errors import ConfigError, HomerError
 from homer.v1 import worker_pb2
 from workers.addresses import find_address, join_port
 from workers.allocator import keep_frame_memory
@@ -61,15 +61,26 @@ class WorkerServer:
     async def start(self) -> int:
         """Listen, load the model, and take work; returns the port.
 
-        While the model loads, health checks are answered with NOT_SERVING.
+        Raises
+        ------
+        ConfigError, ModelError, BiasError
+            As `listen` and `load` do; nothing runs then.
+        """
+        await self.listen()
+        try:
+            await self.load()
+        except BaseException:
+            await self.stop(0)
+            raise
+        return self.port
+
+    async def listen(self) -> None:
+        """Answer calls, if only to say that the model is not loaded; health is NOT_SERVING.
 
         Raises
         ------
         ConfigError
-            When the address cannot be listened on, or this machine has none where the options say;
-            when the worker's share of the memory is too small for the model.
-        ModelError, BiasError
-            When the model cannot be loaded.
+            When the address cannot be listened on, or this machine has none where the options say.
         """
         keep_frame_memory()
         self.host = find_address(self.options.host)
@@ -102,15 +113,30 @@ class WorkerServer:
                 self._metrics_port = MetricsPort(
                     metrics.registry, self.host, self.options.metrics_port
                 )
-            load = LoadedModel.load if self.options.engine == "torch" else load_on_all_ranks
-            model = await self._engine.step(load, self.options)
-            self._servicer.ready(model, metrics_port=self.metrics_port or 0)
         except BaseException:
             await self.stop(0)
             raise
+
+    async def load(self) -> None:
+        """Load the model, and take work from then on. It may be tried again after a failure.
+
+        Raises
+        ------
+        ConfigError
+            When the worker's share of the memory is too small for the model.
+        ModelError, BiasError
+            When the model cannot be loaded; calls are answered with the reason from then on.
+        """
+        assert self._servicer is not None
+        load = LoadedModel.load if self.options.engine == "torch" else load_on_all_ranks
+        try:
+            model = await self._engine.step(load, self.options)
+        except HomerError as error:
+            self._servicer.problem = str(error)
+            raise
+        self._servicer.ready(model, metrics_port=self.metrics_port or 0)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving %s on %s", self.options.model, join_port(self.host, self.port))
-        return self.port
 
     async def stop(self, grace_seconds: float | None = None) -> None:
         """Take no new work, let running calls end within `grace_seconds`, then close everything.
@@ -130,6 +156,11 @@ class WorkerServer:
         if self._metrics_port is not None:
             await asyncio.to_thread(self._metrics_port.close)
         await asyncio.to_thread(self._tracing.close)
+
+    @property
+    def problem(self) -> str:
+        """Why the model is not loaded, where that failed."""
+        return "" if self._servicer is None else self._servicer.problem
 
     @property
     def metrics_port(self) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import torch
 
-from homer.errors import HomerError, PromptError
+from homer.errors import HomerError, ModelError, PromptError
 from homer.plan import PlanNode
 from homer.v1 import tensor_pb2, worker_pb2
 from workers.answers import Answering
@@ -56,6 +56,11 @@ class WorkerServicer:
     tracing : Tracing
 
     It answers work with UNAVAILABLE until `ready` is called, and again after `drain`.
+
+    Attributes
+    ----------
+    problem : str
+        Why the model is not loaded, where that failed: work is answered with it.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class WorkerServicer:
             share_memory=options.transport == "auto",
             wire=WireFormat.named(options.wire_dtype),
         )
+        self.problem = ""
         self._runner: Runner | None = None
         self._staging = Staging(torch.device("cpu"))
         self._answers: Answering | None = None
@@ -95,6 +101,7 @@ class WorkerServicer:
             When the worker's share of the memory has no room beside the model.
         """
         options, device = self._options, model.stack.device
+        self.problem = ""
         # On the CPU its ranks take from the same memory.
         sharing = options.ranks if device.type == "cpu" else 1
         self._budget.total_bytes = (
@@ -314,16 +321,21 @@ class WorkerServicer:
         """What this worker holds and has counted."""
         return worker_stats(self._store.requests, self._budget, self._counters, self._running_calls)
 
+    def _not_ready(self) -> HomerError:
+        if self.problem:
+            return ModelError(f"this worker cannot load its model: {self.problem}")
+        return NotReadyError("this worker is still loading its model; try again in a moment")
+
     @property
     def _worker(self) -> Runner:
         if self._runner is None:
-            raise NotReadyError("this worker is still loading its model; try again in a moment")
+            raise self._not_ready()
         return self._runner
 
     @property
     def _answering(self) -> Answering:
         if self._answers is None:
-            raise NotReadyError("this worker is still loading its model; try again in a moment")
+            raise self._not_ready()
         return self._answers
 
     @property

@@ -45,6 +45,9 @@ def worker_info(
         memory_budget_bytes=budget.total_bytes,
         kv_bytes_per_token=stack.num_layers * stack.kv_bytes_per_row,
         metrics_port=metrics_port,
+        loaded_layers=stack.loaded_layers,
+        load_seconds=model.report.seconds,
+        load_peak_bytes=model.report.peak_bytes,
     )
 
 

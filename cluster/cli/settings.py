@@ -167,6 +167,22 @@ CpuWorkers = Annotated[
         rich_help_panel=_PLACEMENT,
     ),
 ]
+LeafWorkers = Annotated[
+    int,
+    typer.Option(
+        help="Further workers that load only the lowest layers, and run leaves alone.",
+        min=0,
+        rich_help_panel=_PLACEMENT,
+    ),
+]
+LeafLayers = Annotated[
+    int,
+    typer.Option(
+        help="Layers of leaf workers; 0: what leaves run of a document with one for every worker.",
+        min=0,
+        rich_help_panel=_PLACEMENT,
+    ),
+]
 GpusPerWorker = Annotated[
     float,
     typer.Option(help="1, or the share of a GPU, like 0.5.", rich_help_panel=_PLACEMENT),

@@ -284,7 +284,7 @@ class GetWorkerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWorkerInfoResponse(_message.Message):
-    __slots__ = ("model", "model_type", "num_layers", "hidden_size", "num_kv_heads", "head_dim", "vocab_size", "max_position_embeddings", "dtype", "device", "calibrated", "max_distance", "homer_version", "torch_version", "transformers_version", "process_id", "worker_id", "kv_bytes_per_token", "memory_budget_bytes", "metrics_port")
+    __slots__ = ("model", "model_type", "num_layers", "hidden_size", "num_kv_heads", "head_dim", "vocab_size", "max_position_embeddings", "dtype", "device", "calibrated", "max_distance", "homer_version", "torch_version", "transformers_version", "process_id", "worker_id", "kv_bytes_per_token", "memory_budget_bytes", "metrics_port", "loaded_layers", "load_seconds", "load_peak_bytes")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -305,6 +305,9 @@ class GetWorkerInfoResponse(_message.Message):
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     METRICS_PORT_FIELD_NUMBER: _ClassVar[int]
+    LOADED_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_type: str
     num_layers: int
@@ -325,7 +328,10 @@ class GetWorkerInfoResponse(_message.Message):
     kv_bytes_per_token: int
     memory_budget_bytes: int
     metrics_port: int
-    def __init__(self, model: _Optional[str] = ..., model_type: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., calibrated: _Optional[bool] = ..., max_distance: _Optional[int] = ..., homer_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., process_id: _Optional[int] = ..., worker_id: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., metrics_port: _Optional[int] = ...) -> None: ...
+    loaded_layers: int
+    load_seconds: float
+    load_peak_bytes: int
+    def __init__(self, model: _Optional[str] = ..., model_type: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., calibrated: _Optional[bool] = ..., max_distance: _Optional[int] = ..., homer_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., process_id: _Optional[int] = ..., worker_id: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., metrics_port: _Optional[int] = ..., loaded_layers: _Optional[int] = ..., load_seconds: _Optional[float] = ..., load_peak_bytes: _Optional[int] = ...) -> None: ...
 
 class GetWorkerStatsRequest(_message.Message):
     __slots__ = ()

@@ -137,8 +137,11 @@ def test_a_worker_that_cannot_load_its_model_says_why_and_waits(pool: Pool, fold
     weights.write_bytes(whole[:1000])
     os.kill(pool.process(1), signal.SIGKILL)
     slot = pool.pool.slots[1]
-    poll(lambda: "cannot load the model" in slot.reason, f"no reason: {slot.reason}")
+    poll(lambda: "tried again when files change" in slot.reason, f"no reason: {slot.reason}")
+    assert f"{weights} (1,000 bytes) is no safetensors file" in slot.reason
     assert slot.state == "failed"
+    # What `homer status` shows, for as long as nothing changes.
+    assert pool.pool.absent() == {"worker-1": slot.reason}
     # The other one goes on.
     assert list(pool.names()) == [0]
     weights.write_bytes(whole)

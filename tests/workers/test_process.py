@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from homer.errors import ConfigError
+from homer.v1 import worker_pb2
 from tests.golden_cases import GoldenCase, model_dir
 from tests.workers.processes import (
     CALL_SECONDS,
@@ -96,9 +98,9 @@ def test_a_port_that_is_taken_is_an_error(workers: list[WorkerProcess]) -> None:
     assert done.stdout == ""
 
 
-def test_a_model_that_cannot_be_loaded_is_said_without_a_traceback(tmp_path: Path) -> None:
+def test_a_model_that_is_nowhere_is_said_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "workers", "--model", str(tmp_path)],
+        [sys.executable, "-m", "workers", "--model", str(tmp_path / "none"), "--local-files-only"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -107,6 +109,33 @@ def test_a_model_that_cannot_be_loaded_is_said_without_a_traceback(tmp_path: Pat
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert str(tmp_path) in done.stderr
+
+
+def test_a_damaged_checkpoint_is_reported_by_a_worker_that_stays(tmp_path: Path) -> None:
+    folder, log = tmp_path / "model", tmp_path / "log"
+    shutil.copytree(model_dir("M"), folder)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    worker = WorkerProcess(folder, log=log)
+    try:
+        worker.wait_until_ready()
+        assert worker.ready_line.startswith("homer-worker failed ")
+        assert health(worker) == NOT_SERVING
+        with pytest.raises(grpc.RpcError, match="is truncated") as refused:
+            worker.stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest())
+        assert isinstance(refused.value, grpc.Call)
+        assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        (told,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+        assert f"{weights} is truncated: it has {len(whole) - 100:,} bytes" in told
+        weights.unlink()
+        weights.write_bytes(whole)
+        worker.wait_until_ready()
+        assert worker.ready_line.startswith("homer-worker ready ")
+        assert health(worker) == SERVING
+        assert worker.stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest()).num_layers
+    finally:
+        worker.stop()
 
 
 def test_a_worker_runs_without_ray() -> None:

@@ -1,0 +1,219 @@
+"""Loading: in part, quantized, with adapters; and checkpoints that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from homer import HomerConfig, HomerModel
+from homer.attention import NodePass
+from homer.encode import TreeEncoder
+from homer.errors import CheckpointError, ConfigError, ModelError
+from homer.load_options import LoadOptions, read_token
+from homer.loading import load_model
+from homer.stack import LayerStack
+from tests.homer.families.zoo import model_dir, prompt
+
+CONFIG = HomerConfig(max_chunk_len=48, target_len=32, warmup_layers=2)
+PARTS = prompt(3, 300, 5)
+
+
+def answers(model: Any) -> tuple[list[int], torch.Tensor]:
+    """The surviving context indices, and the logits behind the question."""
+    context = HomerModel(model, CONFIG).compress(*PARTS)
+    return context.context_indices.tolist(), context.logits
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A model in several files, which a test may damage."""
+    folder = tmp_path / "sharded"
+    model = AutoModelForCausalLM.from_pretrained(model_dir("llama3"))
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "gpt-neox", "mixtral", "deepseek-v3"])
+def test_the_lowest_layers_alone_give_the_same_leaves(name: str) -> None:
+    whole = LayerStack(load_model(model_dir(name), dtype="float32"))
+    lower = LayerStack(load_model(model_dir(name), dtype="float32", lower_layers=3))
+    assert (lower.num_layers, lower.loaded_layers) == (whole.num_layers, 3)
+    assert lower.windows == whole.windows
+    plan = HomerModel(whole.model, CONFIG).plan(3, 300, 5)
+    (leaf, *_) = plan.leaves
+    states = [
+        TreeEncoder(stack, plan, PARTS[0], PARTS[2]).run_subtree(
+            leaf.id, PARTS[1][: leaf.context_end]
+        )
+        for stack in (whole, lower)
+    ]
+    assert leaf.layer_end <= 3
+    assert torch.equal(states[0].hidden, states[1].hidden)
+    assert torch.equal(states[0].context_indices, states[1].context_indices)
+    for one, other in zip(states[0].shards, states[1].shards, strict=True):
+        assert all(map(torch.equal, one.keys, other.keys))
+    held = sum(p.numel() for p in lower.model.parameters())
+    assert held < 0.7 * sum(p.numel() for p in whole.model.parameters())
+    with pytest.raises(ModelError, match="only 3 of 8 layers are loaded"):
+        lower.logits(states[1].hidden)
+
+
+def test_more_layers_than_there_are_is_a_mistake() -> None:
+    with pytest.raises(ConfigError, match="the model has 8; use less"):
+        load_model(model_dir("llama3"), lower_layers=8)
+
+
+def test_progress_is_told_by_shards(sharded: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="homer"):
+        load_model(sharded)
+    shards = len(list(sharded.glob("*.safetensors")))
+    told = [r.getMessage() for r in caplog.records if "loading: shard" in r.getMessage()]
+    assert told[-1] == f"loading: shard {shards} of {shards}"
+    assert "MiB of weights" in caplog.records[-1].getMessage()
+
+
+def test_a_missing_shard_is_named(sharded: Path) -> None:
+    gone = sorted(sharded.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(CheckpointError, match=f"lacks 1 of the .* {gone.name}"):
+        load_model(sharded)
+
+
+def test_a_truncated_shard_is_named(sharded: Path) -> None:
+    file = sorted(sharded.glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=f"{file.name} is truncated.* download it again"):
+        load_model(sharded)
+
+
+def test_what_is_no_safetensors_file_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "pointer"
+    shutil.copytree(model_dir("llama3"), folder)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match=r"is no safetensors file .*git LFS"):
+        load_model(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        load_model(folder)
+    (folder / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is no index of a checkpoint"):
+        load_model(folder)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(model_dir("llama3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    with pytest.raises(CheckpointError, match="other sizes than its config"):
+        load_model(folder)
+    # transformers would fill in random numbers.
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 9}))
+    with pytest.raises(CheckpointError, match=r"lacks \d+ weights of LlamaForCausalLM"):
+        load_model(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.4.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights .*layers\.4\.mlp\.up_proj"):
+        load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that changes the model's answers."""
+    peft = pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(model_dir("llama3"))
+    settings = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    peft.get_peft_model(model, settings).save_pretrained(folder)
+    return folder
+
+
+def test_an_active_adapter_answers_as_one_that_is_merged(adapter: Path) -> None:
+    load = LoadOptions(device="cpu", adapter=str(adapter))
+    active = answers(load_model(model_dir("llama3"), load))
+    merged = answers(load_model(model_dir("llama3"), load, merge_adapter=True))
+    plain = answers(load_model(model_dir("llama3")))
+    assert active[0] == merged[0]
+    torch.testing.assert_close(active[1], merged[1], atol=1e-4, rtol=1e-4)
+    assert (active[1] - plain[1]).abs().max() > 0.1
+
+
+def test_an_adapter_reaches_the_lowest_layers_alone(adapter: Path) -> None:
+    for merge in (False, True):
+        load = LoadOptions(device="cpu", adapter=str(adapter), merge_adapter=merge)
+        whole, lower = (
+            LayerStack(load_model(model_dir("llama3"), load, lower_layers=layers))
+            for layers in (None, 3)
+        )
+        ids = torch.arange(20)
+        hidden = []
+        for stack in (whole, lower):
+            run = NodePass(span=20)
+            hidden.append(stack.run(stack.embed(ids), ids, range(3), run))
+        assert torch.equal(*hidden)
+
+
+def test_an_adapter_of_another_model_is_refused(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be used with Gemma2ForCausalLM"):
+        load_model(model_dir("gemma2"), adapter=str(adapter))
+    with pytest.raises(CheckpointError, match="cannot be used with"):
+        load_model(model_dir("llama3"), adapter=str(tmp_path))
+
+
+def test_a_quantized_model_answers_about_as_the_plain_one() -> None:
+    pytest.importorskip("torchao")
+    plain = answers(load_model(model_dir("llama2"), device="cpu", dtype="float32"))
+    quantized = answers(
+        load_model(model_dir("llama2"), device="cpu", dtype="float32", quantization="torchao-int8")
+    )
+    kept = len(set(plain[0]) & set(quantized[0])) / len(plain[0])
+    assert kept > 0.7
+    assert not torch.equal(plain[1], quantized[1])
+    assert torch.cosine_similarity(plain[1], quantized[1], dim=0) > 0.9
+
+
+def test_quantization_that_cannot_be_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="use one of bitsandbytes-8bit"):
+        load_model(model_dir("llama3"), quantization="tiny")
+    monkeypatch.setattr("homer.quantization.find_spec", lambda _: None)
+    with pytest.raises(ModelError, match="pip install bitsandbytes"):
+        load_model(
+            model_dir("llama3"),
+            quantization='{"quant_method": "bitsandbytes", "load_in_4bit": true}',
+        )
+
+
+def test_attention_that_would_never_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"flash_attention_2.*use sdpa"):
+        LoadOptions(attention="flash_attention_2")
+    eager = answers(load_model(model_dir("llama3"), attention="eager"))
+    assert eager[0] == answers(load_model(model_dir("llama3"), attention="sdpa"))[0]
+
+
+def test_the_token_is_told_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "token"
+    file.write_text("hf_secret\n")
+    load = LoadOptions(token=read_token(file), revision="v2")
+    assert "hf_secret" not in repr(load)
+    assert load.hub == {"token": "hf_secret", "revision": "v2"}
+    assert pickle.loads(pickle.dumps(load)) == load
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    assert read_token(None) == "hf_other"
+    with pytest.raises(ConfigError, match="cannot read the token file"):
+        read_token(tmp_path / "none")
