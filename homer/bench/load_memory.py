@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--here", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.here:
-        print(json.dumps(_measure(*given.here, lowest=given.lowest)))
+        print(json.dumps(_measure(given.here[0], given.here[1], given.lowest)))
         return
     size = BenchSize(layers=given.layers, hidden=given.hidden, intermediate=3 * given.hidden)
     with tempfile.TemporaryDirectory(prefix="homer-bench-") as folder:

@@ -19,6 +19,7 @@ from homer.bias_plot import plot_bias
 from homer.calibration import cut_chunks, measure_bias
 from homer.calibration_run import CalibrationRun, run_calibration
 from homer.errors import BiasError, ConfigError, ModelError, PromptError
+from homer.load_options import LoadOptions
 from homer.shape import UNCALIBRATED
 from homer.stack import LayerStack
 
@@ -89,7 +90,7 @@ def run(model: LlamaForCausalLM, tmp_path: Path) -> CalibrationRun:
         chunks=[torch.randint(0, 90, (40,)).tolist() for _ in range(7)],
         prefix_ids=[1, 2],
         state_file=tmp_path / "state",
-        device="cpu",
+        load=LoadOptions(device="cpu"),
     )
 
 
@@ -128,7 +129,7 @@ def test_what_another_run_left_is_refused(run: CalibrationRun) -> None:
     others = [
         dataclasses.replace(run, chunks=[*run.chunks[1:], run.chunks[0]]),
         dataclasses.replace(run, prefix_ids=[]),
-        dataclasses.replace(run, dtype="bfloat16"),
+        dataclasses.replace(run, load=LoadOptions(device="cpu", dtype="bfloat16")),
     ]
     for other in others:
         with pytest.raises(ConfigError, match="start over with --fresh"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from homer.bias import warn_uncalibrated
+from homer.load_options import LoadOptions
 from homer.shape import UNCALIBRATED
 from tests.golden_cases import model_dir
 from workers.engine import Engine, LoadedModel
@@ -152,8 +153,8 @@ def test_a_model_without_a_bias_is_told_of_once(
     for name in ("config.json", "model.safetensors"):
         shutil.copy(model_dir("A") / name, tmp_path)
     warn_uncalibrated.cache_clear()
-    LoadedModel.load(WorkerOptions(model=str(model_dir("A")), device="cpu"))
+    LoadedModel.load(WorkerOptions(model=str(model_dir("A")), load=LoadOptions(device="cpu")))
     assert not caplog.records
     for _ in range(2):
-        LoadedModel.load(WorkerOptions(model=str(tmp_path), device="cpu"))
+        LoadedModel.load(WorkerOptions(model=str(tmp_path), load=LoadOptions(device="cpu")))
     assert [record.message for record in caplog.records] == [UNCALIBRATED]

@@ -13,6 +13,8 @@ import torch
 from torch import distributed
 
 from homer import HomerConfig, MergePlan
+from homer.load_options import LoadOptions
+from homer.loading import LoadReport
 from homer.stack import LayerStack
 from homer.state import KVShard
 from tests.homer.families.zoo import prompt
@@ -23,6 +25,8 @@ from workers.follower import Follower
 from workers.options import WorkerOptions
 from workers.ranked_model import RankedCache, RankedModel, key_of
 from workers.ranks import RankGroup
+
+REPORT = LoadReport(0.0, 0, 0)
 
 
 class Tellers(RankGroup):
@@ -36,7 +40,9 @@ class Tellers(RankGroup):
 
 @pytest.fixture
 def group() -> Iterator[Tellers]:
-    made = Tellers(WorkerOptions(model="", device="cpu", engine="deepspeed-zero3"))
+    made = Tellers(
+        WorkerOptions(model="", load=LoadOptions(device="cpu"), engine="deepspeed-zero3")
+    )
     yield made
     made.close()
     distributed.destroy_process_group()
@@ -44,9 +50,9 @@ def group() -> Iterator[Tellers]:
 
 def test_a_follower_has_what_rank_0_has_and_nothing_else(group: Tellers) -> None:
     # Both have all heads here, so that what they have is the same.
-    here, there = (LoadedModel("", LayerStack(tiny_llama(6)), None) for _ in range(2))
+    here, there = (LoadedModel("", LayerStack(tiny_llama(6)), None, REPORT) for _ in range(2))
     group.follower = Follower(there)
-    model = RankedModel("", here.stack, None, group)
+    model = RankedModel("", here.stack, None, REPORT, group)
     config = HomerConfig(max_chunk_len=64, target_len=48, warmup_layers=2)
     parts = [part % 64 for part in prompt(3, 150, 5)]
     plan = MergePlan.build(3, 150, 5, 6, config)
