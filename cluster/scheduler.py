@@ -120,7 +120,7 @@ class Scheduler:
     def add_worker(self, client: WorkerClient, layers: int | None = None) -> None:
         """Let a worker take work from now on. It must hold nothing: reset one that did.
 
-        With `layers` it has only so many of the lowest, and gets leaves that need no more.
+        With `layers` it has only so many of the lowest, and gets nodes that need no more.
 
         Raises
         ------

@@ -170,7 +170,7 @@ CpuWorkers = Annotated[
 LeafWorkers = Annotated[
     int,
     typer.Option(
-        help="Further workers that load only the lowest layers, and run leaves alone.",
+        help="Further workers that load only the lowest layers: they run leaves, and never answer.",
         min=0,
         rich_help_panel=_PLACEMENT,
     ),

@@ -1,24 +1,31 @@
-"""Workers with the lowest layers alone run leaves; others do the rest, and answers are equal."""
+"""Workers with the lowest layers run what needs no more, others the rest; answers are equal."""
 
 from __future__ import annotations
 
+import uuid
 from contextlib import aclosing
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
 import pytest
 import torch
 
+from cluster.client import HomerClient
 from cluster.errors import NoWorkersError
 from cluster.job import Job, JobProgress, JobSummary, Sampling, TokenOut
+from cluster.launch import LOOPBACK, running_service
+from cluster.options import ServeOptions
 from cluster.scheduler import Scheduler
 from cluster.scheduler_options import SchedulerOptions
 from homer import HomerConfig, HomerModel, MergePlan
-from homer.v1 import worker_pb2
+from homer.v1 import long_context_pb2 as pb
+from homer.v1 import worker_pb2, worker_pb2_grpc
 from tests.cluster.conftest import Run, connected
 from tests.cluster.fakes import FakeWorker, expected_tokens, make_job, make_pool
 from tests.cluster.test_scheduler import assert_nothing_left
+from tests.cluster.test_service import CONTEXT, QUESTION
 from tests.cluster.virtual_time import run_virtual
 from tests.homer.families.zoo import VOCAB, model_dir
 from tests.workers.processes import Prompt, WorkerProcess, release
@@ -178,3 +185,30 @@ def test_real_leaf_workers_give_the_same_answer_though_a_full_worker_dies(run: R
     finally:
         for worker in workers:
             worker.stop()
+
+
+def test_a_service_with_a_leaf_worker_answers_as_one_without(
+    service: HomerClient, text_model: Path
+) -> None:
+    request: dict[str, Any] = {
+        "context": CONTEXT, "question": QUESTION, "sampling": {"max_tokens": 12}
+    }  # fmt: skip
+    *_, expected = service.generate(**request)
+    options = ServeOptions(
+        model=str(text_model), cpu=True, workers=1, leaf_workers=1, port=0, name=uuid.uuid4().hex,
+        worker_host=LOOPBACK,
+    )  # fmt: skip
+    with running_service(options) as address, HomerClient(address) as client:
+        *_, summary = client.generate(**request)
+        leaf = next(one for one in client.server_info().workers if one.name == "worker-1")
+        with grpc.insecure_channel(leaf.address) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            info = stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=10)
+    assert isinstance(expected, pb.Summary)
+    assert isinstance(summary, pb.Summary)
+    assert list(summary.token_ids) == list(expected.token_ids)
+    assert 0 < info.loaded_layers < info.num_layers
+    # Merges too, where they need no more layers; but it never answers.
+    assert leaf.leaves_done > 0
+    assert leaf.leaves_done + leaf.merges_done == summary.nodes_by_worker["worker-1"]
+    assert leaf.generated_tokens == 0

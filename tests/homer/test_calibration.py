@@ -146,7 +146,7 @@ def test_what_another_run_left_is_refused(run: CalibrationRun) -> None:
 
 def test_a_model_that_cannot_be_loaded_fails_in_a_process_as_here(run: CalibrationRun) -> None:
     Path(run.model, "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(ModelError, match="cannot load the model"):
+    with pytest.raises(ModelError, match="is no safetensors file"):
         run_calibration(dataclasses.replace(run, workers=2), lambda done: None)
 
 
