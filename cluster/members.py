@@ -21,8 +21,8 @@ class Member:
     Attributes
     ----------
     layers : int or None
-        How many of the lowest layers it has: it runs nodes that need no more, and never a root. None
-        is all.
+        How many of the lowest layers it has: it runs nodes that need no more, and never a root.
+        None is all.
     running : set of str
         Requests of which it runs a piece or a merge, one of each.
     answers : int
