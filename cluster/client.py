@@ -6,7 +6,6 @@ Knows nothing about Ray: it needs an address and nothing else.
 from __future__ import annotations
 
 import itertools
-import secrets
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -15,18 +14,22 @@ from typing import Any, Self
 
 import grpc
 
+from cluster.async_client import AsyncHomerClient
+from cluster.client_wire import (
+    CHANNEL_OPTIONS,
+    Event,
+    build_request,
+    event_of,
+    service_error,
+)
 from cluster.errors import ServiceError
-from cluster.retry import RETRY_AFTER, Replay, delay_seconds
+from cluster.retry import Replay, delay_seconds
 from homer.errors import ConfigError
 from homer.v1 import long_context_pb2 as pb
-from homer.v1 import long_context_pb2_grpc, sampling_pb2
-from workers.plan_wire import PLAN_KINDS
+from homer.v1 import long_context_pb2_grpc
 from workers.tracing import caller_metadata
 
-MAX_MESSAGE_BYTES = 64 << 20
-SEED_BITS = 63
-
-Event = pb.Accepted | pb.Progress | pb.Token | pb.Summary
+__all__ = ["AsyncHomerClient", "HomerClient"]
 
 
 class HomerClient:
@@ -58,16 +61,7 @@ class HomerClient:
             raise ConfigError(f"retries is {retries}; use 0 or more")
         self.address = address
         self.retries = retries
-        self._channel = grpc.insecure_channel(
-            address,
-            options=(
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                # A service that restarts is back in seconds.
-                ("grpc.initial_reconnect_backoff_ms", 200),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-            ),
-        )
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = long_context_pb2_grpc.LongContextStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -126,27 +120,17 @@ class HomerClient:
         -----
         Closing the iterator, or leaving it to the garbage collector, cancels the request.
         """
-        request = pb.GenerateRequest(
+        request = build_request(
+            context=context,
+            question=question,
+            prefix=prefix,
             request_id=request_id,
-            sampling=sampling_pb2.SamplingParams(**(sampling or {})),
-            compression=compression_to_wire(compression or {}),
+            sampling=sampling,
+            compression=compression,
             return_kept_indices=return_kept_indices,
             priority=priority,
+            repeatable=self.retries > 0,
         )
-        if isinstance(context, str) and isinstance(question, str) and isinstance(prefix, str):
-            request.text.CopyFrom(pb.TextPrompt(prefix=prefix, context=context, suffix=question))
-        elif not isinstance(context, str) and not isinstance(question, str):
-            request.tokens.CopyFrom(
-                pb.TokenPrompt(
-                    prefix_ids=[] if isinstance(prefix, str) else prefix,
-                    context_ids=context,
-                    suffix_ids=question,
-                )
-            )
-        else:
-            raise TypeError("give prefix, context and question all as text or all as token ids")
-        if self.retries and request.sampling.temperature and not request.sampling.HasField("seed"):
-            request.sampling.seed = secrets.randbits(SEED_BITS)
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         replay = Replay()
         for failures in itertools.count(1):
@@ -172,7 +156,7 @@ class HomerClient:
             call = self._stub.Generate(request, timeout=timeout_seconds, metadata=caller_metadata())
             try:
                 for response in call:
-                    yield getattr(response, response.WhichOneof("event"))
+                    yield event_of(response)
             finally:
                 call.cancel()
 
@@ -205,27 +189,4 @@ def _errors(address: str) -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        call: Any = error
-        code, details = call.code(), call.details() or ""
-        if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
-            details = f"no Homer service answers at {address} ({details})"
-        raise ServiceError(code.name, details, _retry_after(call)) from error
-
-
-def _retry_after(call: Any) -> float | None:
-    """Seconds after which the service wants to be asked again."""
-    for name, value in call.trailing_metadata() or ():
-        if name == RETRY_AFTER:
-            try:
-                return max(0.0, float(value))
-            except ValueError:
-                return None
-    return None
-
-
-def compression_to_wire(settings: Mapping[str, Any]) -> pb.CompressionOptions:
-    """Fields of `homer.HomerConfig` as a message."""
-    wire = {name: value for name, value in settings.items() if value is not None}
-    if "plan" in wire:
-        wire["plan"] = PLAN_KINDS[wire["plan"]]
-    return pb.CompressionOptions(**wire)
+        raise service_error(error, address) from error

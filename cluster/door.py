@@ -203,6 +203,7 @@ def request_from_wire(request: pb.GenerateRequest) -> Request:
         prompt=prompt,
         request_id=request.request_id,
         sampling=sampling_from_wire(request.sampling),
+        stop=list(request.sampling.stop),
         compression=compression_from_wire(request.compression),
         priority=request.priority,
     )

@@ -227,6 +227,12 @@ class Scheduler:
             ending = self._core.keep(self._end(active))
             await asyncio.shield(ending)
 
+    def stop_answer(self, request_id: str) -> None:
+        """End a job whose answer is long enough: its summary comes next, as if it had stopped."""
+        active = self._actives.get(request_id)
+        if active is not None and active.cache is not None and not active.ending:
+            active.events.put_nowait(active.summary("stop", active.cache, self._core.now()))
+
     async def drain(self) -> None:
         """Wait for what goes on behind ended jobs."""
         while self._core.background:

@@ -25,6 +25,7 @@ from cluster.job import (
 )
 from cluster.scheduler import Scheduler
 from cluster.seeing import Seeing
+from cluster.stop_text import StopText
 from cluster.text import PromptIds, PromptTokenizer
 from homer.config import HomerConfig
 from homer.errors import ModelError, PromptError
@@ -33,6 +34,7 @@ from workers.logs import log_about
 
 MAX_REQUEST_ID_LENGTH = 128
 MAX_PRIORITY = 8
+MAX_STOPS = 16
 SEED_BITS = 32
 REPORT_SECONDS_PER_WORKER = 0.002
 
@@ -62,6 +64,7 @@ class Request:
     prompt: TextPrompt | PromptIds
     request_id: str = ""
     sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str] = ()
     compression: Mapping[str, Any] = field(default_factory=dict)
     priority: int = 0
 
@@ -159,18 +162,29 @@ class LongContextService:
         uncalibrated = job.plan.config.wants_bias and not self.info.calibrated
         yield Accepted(request_id, job, self.scheduler.subtrees(job.plan), uncalibrated)
         text = self._tokenizer.stream() if self._tokenizer else None
+        stops = StopText(request.stop)
         token_ids: list[int] = []
         pieces: list[str] = []
         # An async generator has `aclose`, which AsyncIterator does not promise.
         async with aclosing(cast(Any, self.scheduler.run(job))) as events:
             async for event in events:
                 match event:
+                    case TokenOut() if stops.stopped:
+                        # Was on its way when the answer was ended.
+                        continue
                     case TokenOut(token_id):
                         token_ids.append(token_id)
-                        pieces.append(text.push(token_id) if text else "")
+                        pieces.append(stops.push(text.push(token_id)) if text else "")
                         yield TokenText(token_id, pieces[-1])
+                        if stops.stopped:
+                            self.scheduler.stop_answer(job.request_id)
                     case JobSummary():
-                        pieces.append(text.finish() if text else "")
+                        if text:
+                            pieces.append(stops.push(text.finish()) + stops.finish())
+                        if stops.stopped:
+                            event = replace(
+                                event, generated_tokens=len(token_ids), finish_reason="stop"
+                            )
                         yield Finished(request_id, job, event, token_ids, "".join(pieces))
                     case _:
                         yield event
@@ -196,6 +210,13 @@ class LongContextService:
                 f"max_tokens is {request.sampling.max_new_tokens}; this service generates at most "
                 f"{self.limits.new_tokens}"
             )
+        if request.stop and self._tokenizer is None:
+            raise PromptError(
+                f"the model {self.info.model} has no tokenizer, so its answers have no text to "
+                "stop at; leave stop out, or put the tokenizer files beside the model"
+            )
+        if len(request.stop) > MAX_STOPS or "" in request.stop:
+            raise PromptError(f"stop takes up to {MAX_STOPS} strings, none of them empty")
         if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
             raise PromptError(
                 f"the request id has {len(request.request_id)} characters; use at most "

@@ -7,11 +7,13 @@ without. Each part is tokenized on its own. Knows nothing about models or reques
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from homer.errors import ModelError
+from jinja2 import TemplateError
+
+from homer.errors import ModelError, PromptError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -70,6 +72,38 @@ class PromptTokenizer:
             context, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         return [(start, end) for start, end in encoded["offset_mapping"]]
+
+    def ids_and_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of `text`, without special tokens of the tokenizer's own, and the character at
+        which each begins.
+        """
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]
+    ) -> str:
+        """The text of a chat by the model's own template, up to where its answer begins.
+
+        Raises
+        ------
+        PromptError
+            When the model has no chat template, or its template refuses these messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise PromptError(
+                "the model has no chat template, so it answers no chats; use completions, or put "
+                "its chat_template.jinja beside it"
+            )
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **template_kwargs
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise PromptError(f"the model's chat template refuses this chat: {error}") from error
+        return text
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of generated tokens, special tokens left out."""

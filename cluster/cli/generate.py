@@ -44,6 +44,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="0 is off.", min=0, max=1)] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 is off.", min=0)] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answer.", min=0)] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout, no progress.")
@@ -100,6 +103,7 @@ def generate(
             "temperature": temperature,
             "top_p": top_p,
             "top_k": top_k,
+            "stop": stop,
             "seed": seed,
         },
     }

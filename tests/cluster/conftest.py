@@ -28,6 +28,11 @@ T = TypeVar("T")
 # More than any test takes at once; Ray does not look whether the machine has as many.
 LOGICAL_CPUS = 32
 DEADLINE_SECONDS = 60.0
+# Short, since each character is a token; like many it trims what is said.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] | trim }}\n"
+    "{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
 
 
 def poll(condition: Callable[[], bool], what: str, seconds: float = DEADLINE_SECONDS) -> None:
@@ -110,7 +115,7 @@ def worker_addresses(ray_session: None, run: Run[Any]) -> Iterator[Callable[[str
 
 @pytest.fixture(scope="session")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Golden model B with a tokenizer of bytes and a beginning-of-sequence token."""
+    """Golden model B with a tokenizer of bytes, a beginning-of-sequence token, a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -125,7 +130,10 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text-model") / "B"
     shutil.copytree(model_dir("B"), folder)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     (folder / "homer.json").write_text(
         '{"max_chunk_len": 64, "target_len": 64, "warmup_layers": 3}', encoding="utf-8"

@@ -1,0 +1,329 @@
+"""The HTTP door's routes, over a client of the gRPC service.
+
+Knows nothing about Ray, or about how prompts are cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import prometheus_client
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.async_client import AsyncHomerClient
+from cluster.client_wire import MAX_MESSAGE_BYTES, Event
+from cluster.errors import ServiceError
+from cluster.http.answers import Answer, Kind
+from cluster.http.bodies import ChatBody, CompletionBody
+from cluster.http.chat import PromptBuilder
+from cluster.http.errors import HttpError
+from cluster.text import PromptIds, PromptTokenizer
+from homer import __version__
+from homer.errors import ModelError, PromptError
+from homer.v1 import long_context_pb2 as pb
+
+HEALTH_SECONDS = 5.0
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,100}")
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the service behind the door serves."""
+
+    name: str
+    info: pb.GetServerInfoResponse
+    prompts: PromptBuilder
+
+    @classmethod
+    def of(cls, info: pb.GetServerInfoResponse, name: str) -> Served:
+        """Named `name`; by default a model id as it is, and a folder by its last part.
+
+        Raises
+        ------
+        ModelError
+            When the model has no tokenizer.
+        """
+        tokenizer = PromptTokenizer.load(info.model)
+        if tokenizer is None:
+            raise ModelError(
+                f"the model {info.model} has no tokenizer, which the HTTP door needs; put its "
+                "tokenizer files beside it"
+            )
+        folder = Path(info.model)
+        name = name or (folder.resolve().name if folder.is_dir() else info.model)
+        return cls(name, info, PromptBuilder(tokenizer, info.max_chunk_len))
+
+
+class HttpDoor:
+    """Answers HTTP requests by asking the gRPC service at `address`.
+
+    Parameters
+    ----------
+    address : str
+        "host:port" of the gRPC service.
+    model_name : str
+        What clients call the model.
+    """
+
+    def __init__(self, address: str, model_name: str = "") -> None:
+        self._client = AsyncHomerClient(address)
+        self._model_name = model_name
+        self._served: Served | None = None
+        self._loading = asyncio.Lock()
+
+    async def served(self) -> Served:
+        """What is served; asked for once."""
+        async with self._loading:
+            if self._served is None:
+                info = await self._client.server_info()
+                self._served = await asyncio.to_thread(Served.of, info, self._model_name)
+        return self._served
+
+    async def ready(self) -> None:
+        """Returns where the service can answer.
+
+        Raises
+        ------
+        ServiceError
+            Where it cannot, with the reason.
+        """
+        info = await self._client.server_info(HEALTH_SECONDS)
+        if not any(worker.ready for worker in info.workers):
+            raise ServiceError("UNAVAILABLE", "no worker is ready")
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def answer(
+        self, kind: Kind, body: ChatBody | CompletionBody, headers: Mapping[str, str]
+    ) -> Response:
+        """Answer one request, at once or as a stream."""
+        served = await self.served()
+        if body.model not in (served.name, served.info.model):
+            raise HttpError(
+                404,
+                f"the model {body.model!r} does not exist; this service has {served.name!r}",
+                code="model_not_found",
+                param="model",
+            )
+        ids = await asyncio.to_thread(_prompt, served, body)
+        longest = served.info.max_context_tokens
+        if len(ids.context) > longest:
+            raise HttpError(
+                400,
+                f"the document has {len(ids.context)} tokens; this service takes at most {longest}",
+                code="context_length_exceeded",
+                param="messages" if kind == "chat" else "prompt",
+            )
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        answer = Answer(
+            kind,
+            ("chatcmpl-" if kind == "chat" else "cmpl-") + request_id,
+            served.name,
+            body.homer.return_kept_indices,
+        )
+        events = self._client.generate(
+            prefix=ids.prefix,
+            context=ids.context,
+            question=ids.suffix,
+            request_id=request_id,
+            sampling=body.sampling,
+            compression=body.homer.compression,
+            return_kept_indices=body.homer.return_kept_indices,
+            priority=body.homer.priority,
+        )
+        extra = {"X-Request-Id": request_id}
+        if not body.stream:
+            async with aclosing(events):
+                return JSONResponse(await answer.whole(events), headers=extra)
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        # The first event tells whether there will be an answer: until then there is a status.
+        first = await anext(events)
+        extra["Cache-Control"] = "no-cache"
+        return StreamingResponse(
+            answer.stream(_resumed(first, events), usage),
+            media_type="text/event-stream",
+            headers=extra,
+        )
+
+
+def build_http(door: HttpDoor, max_body_bytes: int = MAX_MESSAGE_BYTES) -> FastAPI:
+    """The ASGI application."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await door.close()
+
+    app = FastAPI(title="Homer", version=__version__, lifespan=lifespan)
+    registry = prometheus_client.CollectorRegistry()
+    answered = prometheus_client.Counter(
+        "homer_http_requests", "HTTP requests.", ("path", "code"), registry=registry
+    )
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(Counted, answered=answered)
+
+    @app.exception_handler(HttpError)
+    async def on_error(request: Request, error: HttpError) -> Response:
+        return error.response()
+
+    @app.exception_handler(ServiceError)
+    async def on_service_error(request: Request, error: ServiceError) -> Response:
+        return HttpError.of_service(error).response()
+
+    @app.exception_handler(PromptError)
+    async def on_prompt_error(request: Request, error: PromptError) -> Response:
+        return HttpError(400, str(error)).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        return HttpError.of_validation(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return HttpError(error.status_code, message).response()
+
+    @app.exception_handler(Exception)
+    async def on_crash(request: Request, error: Exception) -> Response:
+        return HttpError(500, "the HTTP door failed; its log has the cause").response()
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatBody, request: Request) -> Response:
+        return await door.answer("chat", body, request.headers)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        return await door.answer("completion", body, request.headers)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(await door.served())]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        served = await door.served()
+        if name != served.name:
+            raise HttpError(
+                404,
+                f"the model {name!r} does not exist; this service has {served.name!r}",
+                code="model_not_found",
+                param="model",
+            )
+        return _model(served)
+
+    @app.get("/health")
+    async def health() -> Response:
+        await door.ready()
+        return Response()
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(
+            prometheus_client.generate_latest(registry),
+            media_type=prometheus_client.CONTENT_TYPE_LATEST,
+        )
+
+    return app
+
+
+class BodyLimit:
+    """Refuses bodies of more than `max_bytes`, before they are in memory."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        refusal = HttpError(
+            413,
+            f"the body has more than {self._max_bytes} bytes; send a shorter document",
+            code="request_too_large",
+        )
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._max_bytes:
+            return await refusal.response()(scope, receive, send)
+        got = 0
+
+        async def counted() -> Message:
+            nonlocal got
+            message = await receive()
+            got += len(message.get("body", b""))
+            if got > self._max_bytes:
+                raise refusal
+            return message
+
+        await self._app(scope, counted, send)
+
+
+class Counted:
+    """Counts answers by route and status."""
+
+    def __init__(self, app: ASGIApp, answered: prometheus_client.Counter) -> None:
+        self._app = app
+        self._answered = answered
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = getattr(scope.get("route"), "path", "other")
+                self._answered.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted if scope["type"] == "http" else send)
+
+
+def _prompt(served: Served, body: ChatBody | CompletionBody) -> PromptIds:
+    if isinstance(body, ChatBody):
+        if body.homer.prefix is not None or body.homer.question is not None:
+            raise HttpError(
+                400,
+                "prefix and question are for completions; in a chat they are the system message "
+                "and the last content part",
+                param="homer",
+            )
+        return served.prompts.chat(body.messages, body.chat_template_kwargs)
+    return served.prompts.completion(body.prompt, body.homer.prefix, body.homer.question)
+
+
+def _model(served: Served) -> dict[str, Any]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "homer",
+        "max_model_len": served.info.max_context_tokens,
+        "homer": {
+            "model_window": served.info.model_window,
+            "max_chunk_len": served.info.max_chunk_len,
+            "target_len": served.info.target_len,
+            "calibrated": served.info.calibrated,
+        },
+    }
+
+
+async def _resumed(first: Event, events: Any) -> AsyncIterator[Event]:
+    async with aclosing(events):
+        yield first
+        async for event in events:
+            yield event
