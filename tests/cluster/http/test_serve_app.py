@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,20 @@ import yaml
 
 from cluster.serve import DoorArgs, build_app
 from homer.errors import ConfigError
+from tests.cluster.conftest import poll
 from tests.cluster.processes import BIN, REPOSITORY, Lines, free_ports, sandbox
 
 CONFIG = REPOSITORY / "deploy" / "serve.yaml"
 START_SECONDS = 120.0
+
+
+def is_healthy(port: int) -> bool:
+    """Whether the door says that the service can answer."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def test_the_shipped_configuration_answers_chats_until_it_is_told_to_end(tmp_path: Path) -> None:
@@ -32,9 +43,8 @@ def test_the_shipped_configuration_answers_chats_until_it_is_told_to_end(tmp_pat
             "RAY_TMPDIR": str(box.folder),
         }
         run = box.start(str(BIN / "serve"), "run", str(file))
-        output, news = Lines(run.stdout), Lines(run.stderr)
-        del output
-        news.wait_for("Deployed app 'homer' successfully", START_SECONDS)
+        said = Lines(run.stdout), Lines(run.stderr)
+        poll(lambda: is_healthy(port), "the door does not come up", START_SECONDS)
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
             (model,) = client.models.list()
             document = "The sky is blue. " * 200 + "The pass key is 51234. " + "It rains. " * 200
@@ -52,6 +62,7 @@ def test_the_shipped_configuration_answers_chats_until_it_is_told_to_end(tmp_pat
             assert text == whole.choices[0].message.content != ""
         run.send_signal(signal.SIGINT)
         run.wait(60)
+        assert not any(lines.find("Traceback") for lines in said)
         box.assert_empty()
 
 
