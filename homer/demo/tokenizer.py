@@ -15,6 +15,11 @@ from homer.demo import prose, tasks
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCAB_SIZE = 1536
+# The model knows no turns: a chat is its texts, a line each, as in its tasks.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+    "{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+)
 _CORPUS_SENTENCES = 20_000
 # A word with the space before it, one digit, a run of other signs, or white space.
 _PIECES = r" ?[A-Za-z']+|[0-9]|[^\sA-Za-z0-9]+|\s"
@@ -57,5 +62,6 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
+        chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from homer.demo import prose, tasks
-from homer.demo.tokenizer import BOS, make_tokenizer
+from homer.demo import MODEL_DIR, prose, tasks
+from homer.demo.tokenizer import BOS, CHAT_TEMPLATE, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +38,7 @@ def test_parts_of_a_prompt_can_be_encoded_apart(tokenizer: PreTrainedTokenizerFa
     assert apart == tokenizer(sample.prefix + sample.context + sample.suffix).input_ids
     assert apart[0] == tokenizer.convert_tokens_to_ids(BOS)
     assert len(encode(tokenizer, sample.context)) in range(270, 301)
+
+
+def test_the_shipped_model_has_the_chat_template_that_training_gives() -> None:
+    assert (MODEL_DIR / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
