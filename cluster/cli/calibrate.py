@@ -68,6 +68,7 @@ def calibrate(
 
     if plot is not None:
         check_can_plot()
+    shape = ModelShape.load(model, **load.hub)
     chunks, prefix_ids = _chunks(model, load, text, field, chunk_len, samples)
     if len(chunks) < samples:
         _say(
@@ -89,7 +90,7 @@ def calibrate(
     info = BiasInfo(
         model=Path(model).name,
         num_layers=len(bias),
-        hidden_size=ModelShape.load(model, **load.hub).hidden_size,
+        hidden_size=shape.hidden_size,
         chunk_len=bias.shape[1],
         samples=len(chunks),
     )
