@@ -95,8 +95,9 @@ class AttentionCall:
 class LayerPass:
     """One run of some tokens through some layers, for the thread that entered it.
 
-    It takes the place of the layers' cache. `LayerStack.run` sets all but the last: `rows` are
-    those that go on through the MLP of the layer at hand and out of it, or None for all.
+    It takes the place of the layers' cache. `LayerStack.run` sets all but the last, `positions` on
+    the device of the layer at hand. `rows` are those that go on through the MLP of that layer and
+    out of it, or None for all.
     """
 
     positions: torch.Tensor
@@ -177,7 +178,7 @@ class NodePass(LayerPass):
     kv: list[LayerKV] = field(default_factory=list)
     _past_rows: tuple[int, LayerKV] | None = None
     _scores: torch.Tensor | None = None
-    _masks: dict[Window, torch.Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[Window, torch.device], torch.Tensor] = field(default_factory=dict)
 
     @property
     def spans(self) -> Sequence[int]:
@@ -203,7 +204,7 @@ class NodePass(LayerPass):
             if self.on_scores is not None:
                 self.on_scores(self.layer, self._scores)
         if self.is_last_layer and self.choose_rows is not None and self._scores is not None:
-            self.rows = self.choose_rows(self._scores)
+            self.rows = self.choose_rows(self._scores).to(call.query.device)
         return call.attend(self._mask(call.key.shape[2]))
 
     def _past(self) -> LayerKV:
@@ -216,13 +217,14 @@ class NodePass(LayerPass):
         window = self.window
         if window is None or window.sees_all(self.span if self.end is None else self.end):
             return None
-        if window not in self._masks:
+        kind = window, self.positions.device
+        if kind not in self._masks:
             keys = self.positions
             if self.past is not None and self.past_positions is not None:
-                keys = torch.cat((self.past_positions, keys))
+                keys = torch.cat((self.past_positions.to(keys.device), keys))
             seen = window.sees(self.positions[:, None], keys[None])
-            self._masks[window] = seen & causal_mask(self.tokens, rows, keys.device)
-        return self._masks[window]
+            self._masks[kind] = seen & causal_mask(self.tokens, rows, keys.device)
+        return self._masks[kind]
 
 
 def causal_mask(tokens: int, rows: int, device: torch.device) -> torch.Tensor:

@@ -58,11 +58,11 @@ class DecodeCache:
         values[:, self.length] = value
         return keys[:, : self.length + 1], values[:, : self.length + 1]
 
-    def mask(self, window: Window | None) -> torch.Tensor | None:
+    def mask(self, window: Window | None, device: torch.device) -> torch.Tensor | None:
         """Which rows the next token sees, of shape (1, rows); None for all of them."""
         if window is None or window.sees_all(self.next_position + 1):
             return None
-        return window.sees(self.next_position, self._positions[None, : self.length + 1])
+        return window.sees(self.next_position, self._positions[None, : self.length + 1]).to(device)
 
 
 class _DecodePass(LayerPass):
@@ -98,7 +98,7 @@ class _DecodePass(LayerPass):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         if len(self._caches) == 1:
-            return call.attend(self._caches[0].mask(self.window))
+            return call.attend(self._caches[0].mask(self.window, call.query.device))
         out = []
         lengths = [cache.length + 1 for cache in self._caches]
         rows = [(keys[None], values[None]) for keys, values in self._rows]
@@ -109,7 +109,7 @@ class _DecodePass(LayerPass):
         for slot, (cache, (keys, values)) in enumerate(zip(self._caches, rows, strict=True)):
             own = call.query[:, :, slot : slot + 1]
             part = replace(call, query=own, key=keys, value=values)
-            out.append(part.attend(cache.mask(self.window)))
+            out.append(part.attend(cache.mask(self.window, own.device)))
         return torch.cat(out, dim=1)
 
 

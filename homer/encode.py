@@ -11,6 +11,7 @@ refinement 3.1, calibration 3.3).
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,9 +22,13 @@ from homer.bias import check_bias
 from homer.context import CompressedContext, KVRows
 from homer.errors import Cancelled, StateError
 from homer.finish import CacheBuilder
+from homer.order import node_batches
 from homer.plan import MergePlan, NodeId, PlanNode
-from homer.stack import LayerStack
+from homer.stack import LayerRun, LayerStack
 from homer.state import KVShard, LayerKV, NodeState, join_shards
+
+NodeInput = torch.Tensor | Sequence[NodeState]
+"""What a node begins with: a leaf's token ids, or the states of a merge's children, in order."""
 
 RemoteRows = Callable[[int], Sequence[KVRows]]
 """The surviving rows of one layer that live elsewhere; asked for layer by layer; may block."""
@@ -87,6 +92,7 @@ class TreeEncoder:
         context_ids: torch.Tensor,
         on_node: Callable[[NodeReport], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        leaf_batch_size: int = 1,
     ) -> NodeState:
         """Run the subtree under `node_id` depth-first.
 
@@ -98,35 +104,33 @@ class TreeEncoder:
         on_node : callable, optional
             Called after each node.
         should_stop : callable, optional
-            Asked before each node; when it says so, `Cancelled` is raised.
+            Asked before each batch of nodes; when it says so, `Cancelled` is raised.
+        leaf_batch_size : int
+            Leaves that run together, layer by layer, and the merges above them: see `node_batches`.
+            It changes no number.
         """
-        nodes = self.plan.subtree(node_id)
-        top = nodes[-1]
+        top = self.plan.by_id[node_id]
         context_ids = self.stack.check_ids("context_ids", context_ids)
         if len(context_ids) != top.context_end - top.context_start:
             raise StateError(
                 f"node {node_id} spans {top.context_end - top.context_start} context tokens, "
                 f"but {len(context_ids)} ids were given"
             )
-        done: list[NodeState] = []
-        for node in nodes:
+        done: dict[NodeId, NodeState] = {}
+        for batch in node_batches(self.plan, node_id, leaf_batch_size):
             if should_stop is not None and should_stop():
-                raise Cancelled(f"stopped before node {node.id}")
+                raise Cancelled(f"stopped before node {batch[0].id}")
             started = time.perf_counter()
-            if node.is_leaf:
-                span = slice(
-                    node.context_start - top.context_start, node.context_end - top.context_start
-                )
-                done.append(self._run_leaf(node, context_ids[span]))
-            else:
-                children = done[-len(node.children) :]
-                del done[-len(node.children) :]
-                done.append(self._run_merge(node, children))
-                del children
+            inputs = [take_input(node, top, context_ids, done) for node in batch]
+            for state in self.run_together(batch, inputs):
+                done[state.node] = state
+            # What the children left has gone into the merges.
+            del inputs, state
+            seconds = (time.perf_counter() - started) / len(batch)
             if on_node is not None:
-                seconds = time.perf_counter() - started
-                on_node(NodeReport(node.id, node.context_in, node.context_out, seconds))
-        return done.pop()
+                for node in batch:
+                    on_node(NodeReport(node.id, node.context_in, node.context_out, seconds))
+        return done.pop(node_id)
 
     @torch.inference_mode()
     def merge(self, node_id: NodeId, children: Sequence[NodeState]) -> NodeState:
@@ -138,7 +142,34 @@ class TreeEncoder:
         if tuple(child.node for child in children) != node.children:
             given = [child.node for child in children]
             raise StateError(f"node {node_id} merges {list(node.children)}, not {given}")
-        return self._run_merge(node, children)
+        (state,) = self.run_together([node], [children])
+        return state
+
+    @torch.inference_mode()
+    def run_together(
+        self, nodes: Sequence[PlanNode], inputs: Sequence[NodeInput]
+    ) -> list[NodeState]:
+        """Run nodes of one level, layer by layer: each gets the numbers that it would get alone.
+
+        The shards of children move into the results.
+        """
+        running = deque(
+            self._begin_leaf(node, given)
+            if isinstance(given, torch.Tensor)
+            else self._begin_merge(node, given)
+            for node, given in zip(nodes, inputs, strict=True)
+        )
+        self.stack.run_together(
+            [one.run for one in running], range(nodes[0].layer_start, nodes[0].layer_end)
+        )
+        states = []
+        for given in inputs:
+            # What a node does not keep is free before the next one is packed.
+            state = self._end(running.popleft())
+            if not isinstance(given, torch.Tensor):
+                _take_in(state, given)
+            states.append(state)
+        return states
 
     @torch.inference_mode()
     def finish(
@@ -162,6 +193,15 @@ class TreeEncoder:
         prefix_kv = self.prefix_kv() if self.plan.prefix_len else None
         return CacheBuilder(self.stack, self.plan, root, prefix_kv, self.suffix_ids, room_tokens)
 
+    def choose_batch_size(self, node_id: NodeId, free_bytes: int) -> int:
+        """How many leaves of a subtree to run together in `free_bytes` of memory.
+
+        More than one only where weights are offloaded: elsewhere nothing is gained.
+        """
+        if not self.stack.offloads:
+            return 1
+        return self.stack.footprint.largest_batch(self.plan, node_id, free_bytes)
+
     def prefix_kv(self) -> list[LayerKV]:
         """Keys and values of the prefix in all layers here; computed once for all chunks, levels.
 
@@ -176,7 +216,7 @@ class TreeEncoder:
             self._prefix_kv = node_pass.kv
         return self._prefix_kv
 
-    def _run_leaf(self, node: PlanNode, context_ids: torch.Tensor) -> NodeState:
+    def _begin_leaf(self, node: PlanNode, context_ids: torch.Tensor) -> _Running:
         plan, device = self.plan, self.stack.device
         front = plan.prefix_len
         ids = torch.cat((context_ids, self.suffix_ids))
@@ -189,10 +229,10 @@ class TreeEncoder:
             # One chunk: the whole prompt in one pass, exactly as the plain model runs it.
             ids = torch.cat((self.prefix_ids, ids))
             positions = torch.cat((torch.arange(front, device=device), positions))
-            return self._run_node(node, self.stack.embed(ids), positions, indices, front=front)
-        return self._run_node(node, self.stack.embed(ids), positions, indices)
+            return self._begin(node, self.stack.embed(ids), positions, indices, front=front)
+        return self._begin(node, self.stack.embed(ids), positions, indices)
 
-    def _run_merge(self, node: PlanNode, children: Sequence[NodeState]) -> NodeState:
+    def _begin_merge(self, node: PlanNode, children: Sequence[NodeState]) -> _Running:
         suffix_len = self.plan.suffix_len
         suffixes = torch.stack([child.hidden[-suffix_len:] for child in children])
         hidden = torch.cat([*(child.hidden[:-suffix_len] for child in children), suffixes.mean(0)])
@@ -203,40 +243,29 @@ class TreeEncoder:
             ]
         )
         indices = torch.cat([child.context_indices for child in children])
-        suffix_kv = [c.suffix_kv for c in children if c.suffix_kv is not None]
-        state = self._run_node(node, hidden, positions, indices)
-        if state.suffix_kv is not None:
-            state.suffix_kv = [
-                _mean(layer) for layer in zip(*suffix_kv, strict=True)
-            ] + state.suffix_kv
-        below = [
-            shard.select_(state.context_indices) for child in children for shard in child.shards
-        ]
-        state.shards = join_shards([*below, *state.shards])
-        return state
+        return self._begin(node, hidden, positions, indices)
 
-    def _run_node(
+    def _begin(
         self,
         node: PlanNode,
         hidden: torch.Tensor,
         positions: torch.Tensor,
         indices: torch.Tensor,
         front: int = 0,
-    ) -> NodeState:
-        """Run the node's layers over [front | context | suffix] and prune the context rows."""
+    ) -> _Running:
+        """A node about to run its layers over [front | context | suffix]; prunes context rows."""
         plan = self.plan
         context_end = front + node.context_in
         is_root = node.id == plan.root.id
-        context_rows = torch.arange(node.context_in, device=hidden.device)
+        kept = [torch.arange(node.context_in, device=hidden.device)]
         suffix_rows = torch.arange(context_end, len(hidden), device=hidden.device)
 
         def choose(scores: torch.Tensor) -> torch.Tensor:
-            nonlocal context_rows
             if node.prunes:
-                scores = self._calibrated(scores, positions, score_layer)
-                context_rows = keep_highest(scores[front:context_end], node.context_out)
+                scores = self._calibrated(scores.to(positions.device), positions, score_layer)
+                kept[0] = keep_highest(scores[front:context_end], node.context_out)
             # No layer follows the root: of its hidden states only the last is used, for the logits.
-            return suffix_rows[-1:] if is_root else torch.cat((context_rows + front, suffix_rows))
+            return suffix_rows[-1:] if is_root else torch.cat((kept[0] + front, suffix_rows))
 
         prefix_kv = self.prefix_kv() if plan.prefix_len and not front else None
         layers = range(node.layer_start, node.layer_end)
@@ -251,24 +280,29 @@ class TreeEncoder:
             # A prompt that fits runs as the plain model would, to the last bit.
             choose_rows=choose if node.prunes or (is_root and plan.height > 0) else None,
         )
-        hidden = self.stack.run(hidden, positions, layers, node_pass)
+        run = LayerRun(hidden, positions, node_pass)
+        return _Running(node, run, node_pass.kv, indices, front, kept, suffix_rows)
+
+    def _end(self, running: _Running) -> NodeState:
+        """What a node leaves that has run its layers."""
+        node, front, kv = running.node, running.front, running.kv
+        (context_rows,) = running.kept
         if front:
-            self._prefix_kv = [
-                (keys[:, :front], values[:, :front]) for keys, values in node_pass.kv
-            ]
+            self._prefix_kv = [(keys[:, :front], values[:, :front]) for keys, values in kv]
         suffix_kv = None
-        if not plan.refreshes_suffix:
-            suffix_kv = [(k[:, suffix_rows], v[:, suffix_rows]) for k, v in node_pass.kv]
-        shard = KVShard(node.layer_start, indices[context_rows], [], [])
+        if not self.plan.refreshes_suffix:
+            suffix_kv = [_pick(layer, running.suffix_rows) for layer in kv]
+        shard = KVShard(node.layer_start, running.indices[context_rows], [], [])
         kept_rows = context_rows + front
-        for layer, (keys, values) in enumerate(node_pass.kv):
-            shard.keys.append(keys.index_select(1, kept_rows))
-            shard.values.append(values.index_select(1, kept_rows))
-            node_pass.kv[layer] = (keys[:, :0], values[:, :0])
+        for layer, (keys, values) in enumerate(kv):
+            kept_keys, kept_values = _pick((keys, values), kept_rows)
+            shard.keys.append(kept_keys)
+            shard.values.append(kept_values)
+            kv[layer] = (keys[:, :0], values[:, :0])
         return NodeState(
             node=node.id,
-            hidden=hidden,
-            position_ids=positions[torch.cat((kept_rows, suffix_rows))],
+            hidden=running.run.hidden,
+            position_ids=running.run.position_ids[torch.cat((kept_rows, running.suffix_rows))],
             context_indices=shard.context_indices,
             suffix_kv=suffix_kv,
             shards=[shard],
@@ -280,6 +314,51 @@ class TreeEncoder:
         if self.bias is None or not self.plan.config.wants_bias:
             return scores
         return scores - self.bias[layer].to(scores)[positions[-1] - positions]
+
+
+@dataclass
+class _Running:
+    """A node that runs its layers over rows [front | context | suffix].
+
+    `kv` are the rows of each layer so far; `indices` those of the context tokens; `kept` has one
+    entry: which of these stay, all until that is chosen.
+    """
+
+    node: PlanNode
+    run: LayerRun
+    kv: list[LayerKV]
+    indices: torch.Tensor
+    front: int
+    kept: list[torch.Tensor]
+    suffix_rows: torch.Tensor
+
+
+def take_input(
+    node: PlanNode, top: PlanNode, context_ids: torch.Tensor, done: dict[NodeId, NodeState]
+) -> NodeInput:
+    """What `node` begins with: its part of `top`'s ids, or its children's states out of `done`."""
+    if node.is_leaf:
+        return context_ids[
+            node.context_start - top.context_start : node.context_end - top.context_start
+        ]
+    return [done.pop(child) for child in node.children]
+
+
+def _take_in(state: NodeState, children: Sequence[NodeState]) -> None:
+    """Put the rows of a merge's children, those that survived, below its own."""
+    suffix_kv = [c.suffix_kv for c in children if c.suffix_kv is not None]
+    if state.suffix_kv is not None:
+        averaged = [_mean(layer) for layer in zip(*suffix_kv, strict=True)]
+        state.suffix_kv = averaged + state.suffix_kv
+    below = [shard.select_(state.context_indices) for child in children for shard in child.shards]
+    state.shards = join_shards([*below, *state.shards])
+
+
+def _pick(layer: LayerKV, rows: torch.Tensor) -> LayerKV:
+    """Copies of some rows of a layer, on its device."""
+    keys, values = layer
+    rows = rows.to(keys.device)
+    return keys.index_select(1, rows), values.index_select(1, rows)
 
 
 def _mean(suffixes: Sequence[LayerKV]) -> LayerKV:

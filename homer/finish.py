@@ -99,14 +99,16 @@ class CacheBuilder:
                 pieces.append(KVRows(shard.context_indices, *shard.layer(layer)))
         _check_rows(pieces, self._root.context_indices, layer)
         room = plan.kept_len + self._room_tokens
-        buffers = _rows_like(pieces[0].keys, room), _rows_like(pieces[0].values, room)
+        device = self._stack.layer_devices[layer]
+        keys, values = pieces[0].keys, pieces[0].values
+        buffers = _rows_like(keys, room, device), _rows_like(values, room, device)
         self._buffers.append(buffers)
         for which, buffer in enumerate(buffers):
             if self._prefix_kv is not None:
                 buffer[:, : plan.prefix_len] = self._prefix_kv[layer][which]
             for indices, *rows in pieces:
                 places = torch.searchsorted(self._root.context_indices, indices) + plan.prefix_len
-                buffer.index_copy_(1, places, rows[which])
+                buffer.index_copy_(1, places.to(device), rows[which].to(device))
         for buffer, suffix in zip(buffers, self._suffix_rows(layer), strict=True):
             buffer[:, plan.kept_len - plan.suffix_len : plan.kept_len] = suffix
         self._next_layer += 1
@@ -146,10 +148,10 @@ def _first_rows(layer: LayerKV, count: int) -> LayerKV:
     return keys[:, :count], values[:, :count]
 
 
-def _rows_like(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """Room for `rows` rows of the same kind."""
+def _rows_like(tensor: torch.Tensor, rows: int, device: torch.device) -> torch.Tensor:
+    """Room for `rows` rows of the same kind on `device`."""
     heads, _, numbers = tensor.shape
-    return tensor.new_empty(heads, rows, numbers)
+    return tensor.new_empty(heads, rows, numbers, device=device)
 
 
 def _check_rows(pieces: Sequence[KVRows], wanted: torch.Tensor, layer: int) -> None:

@@ -16,10 +16,11 @@ from homer.bias import find_bias, load_bias, warn_uncalibrated
 from homer.config import HomerConfig
 from homer.context import CompressedContext
 from homer.encode import NodeReport, TreeEncoder
-from homer.errors import BiasError, PromptError
+from homer.errors import BiasError, ConfigError, PromptError
 from homer.generation import generate_tokens
 from homer.load_options import LoadOptions
 from homer.loading import load_model
+from homer.memory import least_memory
 from homer.plan import MergePlan
 from homer.sampling import SamplingParams
 from homer.shape import ModelShape, defaults_for
@@ -36,6 +37,10 @@ class HomerModel:
     config : HomerConfig
     bias : torch.Tensor of shape (num_layers, max_distance + 1), optional
         Calibration bias. None means zeros, and a warning about what that costs.
+    leaf_batch_size : int
+        Leaves that run together, layer by layer, so that offloaded weights are brought in once for
+        all of them; 0 is as many as half of the free memory has room for, and one where all weights
+        stay in place. It changes no answer.
 
     Raises
     ------
@@ -51,9 +56,18 @@ class HomerModel:
     >>> answer_ids = hm.generate(context, max_new_tokens=64)                # doctest: +SKIP
     """
 
-    def __init__(self, model: Any, config: HomerConfig, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: HomerConfig,
+        bias: torch.Tensor | None = None,
+        leaf_batch_size: int = 0,
+    ) -> None:
+        if leaf_batch_size < 0:
+            raise ConfigError(f"leaf_batch_size is {leaf_batch_size}; use 1 or more, or 0 for auto")
         self.model = model
         self.config = config
+        self.leaf_batch_size = leaf_batch_size
         self.stack = LayerStack(model)
         if bias is not None and (bias.dim() != 2 or bias.shape[0] != self.stack.num_layers):
             raise BiasError(
@@ -128,7 +142,11 @@ class HomerModel:
         suffix_ids = self.stack.check_ids("suffix_ids", suffix_ids)
         plan = self.plan(len(prefix_ids), len(context_ids), len(suffix_ids))
         encoder = TreeEncoder(self.stack, plan, prefix_ids, suffix_ids, self.bias)
-        return encoder.finish(encoder.run_subtree(plan.root.id, context_ids, on_node))
+        batch = self.leaf_batch_size or encoder.choose_batch_size(
+            plan.root.id, least_memory(self.stack.devices).free_bytes // 2
+        )
+        root = encoder.run_subtree(plan.root.id, context_ids, on_node, leaf_batch_size=batch)
+        return encoder.finish(root)
 
     def stream(self, context: CompressedContext, **sampling: Any) -> Iterator[int]:
         """Token ids one by one, by the fields of `SamplingParams`."""

@@ -18,18 +18,21 @@ from homer.families import length_dependent, rotary_kinds
 
 
 class Rotary:
-    """The rotations of `module`, a decoder's own."""
+    """The rotations of `module`, a decoder's own.
+
+    `kinds` are the names of each layer's rotations; None where all layers have the same.
+    """
 
     def __init__(self, module: torch.nn.Module, config: Any) -> None:
         self._module = module
-        self._kinds = rotary_kinds(config)
+        self.kinds = rotary_kinds(config)
         self._length_dependent = length_dependent(config)
         self._plain: Callable[..., Any] = inspect.unwrap(type(module).forward)
 
     def __call__(
         self, hidden: torch.Tensor, positions: torch.Tensor, spans: Sequence[int], layers: range
-    ) -> list[Any]:
-        """What each of `layers` takes as position embeddings.
+    ) -> dict[str | None, Any]:
+        """What `layers` take as position embeddings, by their `kinds`.
 
         Parameters
         ----------
@@ -39,10 +42,10 @@ class Rotary:
             Length of the prompt in positions: one for all tokens, or one for each.
         layers : range
         """
-        made = {}
-        for kind in {self._kinds[layer] for layer in layers}:
-            made[kind] = self._rotations(hidden, positions, spans, () if kind is None else (kind,))
-        return [made[self._kinds[layer]] for layer in layers]
+        return {
+            kind: self._rotations(hidden, positions, spans, () if kind is None else (kind,))
+            for kind in {self.kinds[layer] for layer in layers}
+        }
 
     def _rotations(
         self,

@@ -5,12 +5,17 @@ The layers are transformers' own modules. Knows nothing about plans or trees.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from homer import attention
 from homer.attention import LayerPass, NodePass
+from homer.devices import execution_device, offloaded_parts, weights_held
 from homer.errors import ModelError, PromptError
 from homer.families import CacheRow, Window, cache_row, family_of, layer_windows
 from homer.footprint import Footprint
@@ -28,8 +33,24 @@ def decoder_of(model: Any) -> Any:
     return base.model if not hasattr(base, "layers") and hasattr(base, "model") else base
 
 
+@dataclass
+class LayerRun:
+    """Some tokens on their way through layers.
+
+    `hidden`, of shape (tokens, hidden_size), goes along: what went in, then what came out.
+    """
+
+    hidden: torch.Tensor
+    position_ids: torch.Tensor
+    layer_pass: LayerPass
+
+
 class LayerStack:
     """Embedding, decoder layers and output head of a model.
+
+    Its layers may lie on several devices, and their weights outside of them (accelerate's
+    `device_map`). KV rows stay on the device of their layer; whatever else goes in and out is on
+    `device`.
 
     Parameters
     ----------
@@ -65,6 +86,9 @@ class LayerStack:
         self.model = model
         self.heads = HeadGroup.of(model)
         self.layers = base.layers
+        self.device = execution_device(model.get_input_embeddings())
+        self.layer_devices = [execution_device(layer) for layer in self.layers]
+        self._offloaded = [offloaded_parts(layer) for layer in self.layers]
         self.windows: list[Window | None] = layer_windows(self.config)
         self.cache_row = cache_row(self.config, self.family)
         # Which of the heads of a row are here.
@@ -120,8 +144,14 @@ class LayerStack:
         return int(self.model.get_input_embeddings().num_embeddings)
 
     @property
-    def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+    def devices(self) -> list[torch.device]:
+        """All devices that compute, each once."""
+        return list(dict.fromkeys((self.device, *self.layer_devices)))
+
+    @property
+    def offloads(self) -> bool:
+        """Whether weights of layers are brought in each time that they are used."""
+        return any(self._offloaded)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -168,27 +198,50 @@ class LayerStack:
 
         Returns the rows that `layer_pass` chose, or all of them.
         """
-        states = hidden[None]
-        positions = position_ids[None]
-        rotations = self._rotary(states, positions, layer_pass.spans, layers)
-        cache = {self.family.cache_argument: layer_pass}
-        layer_pass.positions = position_ids
+        run = LayerRun(hidden, position_ids, layer_pass)
+        self.run_together([run], layers)
+        return run.hidden
+
+    def run_together(self, runs: Sequence[LayerRun], layers: range) -> None:
+        """Take each of `runs` through `layers`, as `run` does, one layer after the other.
+
+        Within a layer they run one by one, so that each gets the numbers that it would get alone;
+        weights that are offloaded are brought in once for all of them.
+        """
+        rotations = [
+            self._rotary(run.hidden[None], run.position_ids[None], run.layer_pass.spans, layers)
+            for run in runs
+        ]
+        for device, together in groupby(layers, key=self.layer_devices.__getitem__):
+            for place, run in enumerate(runs):
+                run.hidden = run.hidden.to(device)
+                run.layer_pass.positions = run.position_ids.to(device)
+                rotations[place] = send_to_device(rotations[place], device)
+            for layer in together:
+                with weights_held(self._offloaded[layer]):
+                    for run, by_kind in zip(runs, rotations, strict=True):
+                        rotation = by_kind[self._rotary.kinds[layer]]
+                        self._run_layer(run, rotation, layer, is_last=layer == layers[-1])
+        for run in runs:
+            rows = run.layer_pass.rows
+            left = run.hidden if rows is None else run.hidden.index_select(0, rows)
+            run.hidden = left.to(self.device)
+
+    def _run_layer(self, run: LayerRun, rotation: Any, layer: int, *, is_last: bool) -> None:
+        layer_pass = run.layer_pass
         layer_pass.heads = self.heads
+        layer_pass.layer = layer
+        layer_pass.window = self.windows[layer]
+        layer_pass.is_last_layer = is_last
         with layer_pass:
-            for layer, rotation in zip(layers, rotations, strict=True):
-                layer_pass.layer = layer
-                layer_pass.window = self.windows[layer]
-                layer_pass.is_last_layer = layer == layers[-1]
-                states = self.layers[layer](
-                    states,
-                    attention_mask=None,
-                    position_ids=positions,
-                    use_cache=True,
-                    position_embeddings=rotation,
-                    **cache,
-                )
-        rows = layer_pass.rows
-        return states[0] if rows is None else states[0].index_select(0, rows)
+            run.hidden = self.layers[layer](
+                run.hidden[None],
+                attention_mask=None,
+                position_ids=layer_pass.positions[None],
+                use_cache=True,
+                position_embeddings=rotation,
+                **{self.family.cache_argument: layer_pass},
+            )[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Output logits in float32 of the last layer's `hidden`, shape (..., vocab)."""
@@ -207,7 +260,7 @@ class LayerStack:
         cap = None if family.logits_softcap is None else getattr(config, family.logits_softcap)
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
-        return logits.float()
+        return logits.float().to(self.device)
 
     @torch.inference_mode()
     def _find_cache_heads(self) -> HeadGroup:

@@ -39,8 +39,8 @@ class KVShard:
     """Keys (after RoPE) and values of some context tokens in consecutive layers.
 
     `keys[i]` and `values[i]` belong to layer `layer_start + i` and have shape
-    (kv_heads, rows, head_dim); `context_indices` has shape (rows,), int64, ascending. `elsewhere`
-    is set where other ranks hold further heads of the same rows.
+    (kv_heads, rows, head_dim), on the device of that layer; `context_indices` has shape (rows,),
+    int64, ascending. `elsewhere` is set where other ranks hold further heads of the same rows.
     """
 
     layer_start: int
@@ -68,7 +68,7 @@ class KVShard:
         if len(rows) < len(self.context_indices):
             for tensors in (self.keys, self.values):
                 for i, tensor in enumerate(tensors):
-                    tensors[i] = tensor.index_select(1, rows)
+                    tensors[i] = tensor.index_select(1, rows.to(tensor.device))
             self.context_indices = self.context_indices[rows]
         return self
 

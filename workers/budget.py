@@ -15,7 +15,7 @@ from workers.errors import MemoryBudgetError
 
 if TYPE_CHECKING:
     # It needs torch, which the command line does not wait for.
-    from workers.memory import DeviceMemory
+    from homer.memory import DeviceMemory
 
 # The rest is for allocators' slack, buffers of calls, and other programs.
 AUTO_PART = 0.8

@@ -124,8 +124,10 @@ class RankedEncoder(TreeEncoder):
         context_ids: torch.Tensor,
         on_node: Callable[[NodeReport], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        leaf_batch_size: int = 1,
     ) -> NodeState:
         assert should_stop is None, "ranks cannot be asked in the middle of a subtree"
+        assert leaf_batch_size == 1, "ranks would have to be told"
         handle = self._group.new_handle()
         with self._group.together(
             "subtree",

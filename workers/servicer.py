@@ -17,6 +17,7 @@ import grpc
 import torch
 
 from homer.errors import HomerError, ModelError, PromptError
+from homer.memory import least_memory
 from homer.plan import PlanNode
 from homer.v1 import tensor_pb2, worker_pb2
 from workers.answers import Answering
@@ -26,7 +27,6 @@ from workers.bundle import bundled
 from workers.engine import Engine, LoadedModel
 from workers.errors import NotReadyError, UnknownStateError, error_metadata, status_code
 from workers.intake import find_node, follow_job, open_node
-from workers.memory import device_memory
 from workers.metrics import WorkerMetrics
 from workers.options import WorkerOptions
 from workers.peer import PeerPool, choose_outlet, send_tensors
@@ -105,7 +105,7 @@ class WorkerServicer:
         # On the CPU its ranks take from the same memory.
         sharing = options.ranks if device.type == "cpu" else 1
         self._budget.total_bytes = (
-            automatic_bytes(device_memory(device), options.memory_share / sharing)
+            automatic_bytes(least_memory(model.stack.devices), options.memory_share / sharing)
             if options.memory_budget == "auto"
             else parse_bytes(options.memory_budget)
         )

@@ -15,6 +15,7 @@ from homer import MergePlan
 from homer.bench.bench_model import BenchSize, random_prompt, save_bench_model
 from homer.errors import ConfigError
 from homer.footprint import Footprint
+from homer.memory import DeviceMemory, device_memory
 from homer.plan import NodeId
 from tests.golden_cases import GoldenCase
 from tests.workers.processes import (
@@ -29,7 +30,6 @@ from tests.workers.test_across import plan_of
 from tests.workers.test_calls import LEAF, PARENT, refusal, run_subtree
 from workers.budget import Budget, automatic_bytes, parse_bytes
 from workers.errors import MemoryBudgetError, is_out_of_memory, status_code
-from workers.memory import DeviceMemory, device_memory
 
 MIB = 1 << 20
 
