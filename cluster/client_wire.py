@@ -13,6 +13,7 @@ import grpc
 
 from cluster.errors import ServiceError
 from cluster.retry import RETRY_AFTER
+from homer.errors import ConfigError
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import sampling_pb2
 from workers.plan_wire import PLAN_KINDS
@@ -89,11 +90,22 @@ def service_error(error: grpc.RpcError, address: str) -> ServiceError:
 
 
 def compression_to_wire(settings: Mapping[str, Any]) -> pb.CompressionOptions:
-    """Fields of `homer.HomerConfig` as a message."""
+    """Fields of `homer.HomerConfig` as a message.
+
+    Raises
+    ------
+    ConfigError
+        When there is no such field or plan.
+    """
     wire = {name: value for name, value in settings.items() if value is not None}
+    if wire.get("plan", "balanced") not in PLAN_KINDS:
+        raise ConfigError(f"plan is {wire['plan']!r}; use one of {list(PLAN_KINDS)}")
     if "plan" in wire:
         wire["plan"] = PLAN_KINDS[wire["plan"]]
-    return pb.CompressionOptions(**wire)
+    try:
+        return pb.CompressionOptions(**wire)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"compression settings: {error}") from error
 
 
 def _retry_after(call: Any) -> float | None:

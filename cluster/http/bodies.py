@@ -27,12 +27,13 @@ class HomerOptions(_Body):
     max_chunk_len: int | None = Field(default=None, ge=1)
     target_len: int | None = Field(default=None, ge=1)
     warmup_layers: int | None = Field(default=None, ge=0)
+    score: Text | None = None
     return_kept_indices: bool = False
     priority: int = Field(default=0, ge=-PRIORITY, le=PRIORITY)
 
     @property
-    def compression(self) -> dict[str, int]:
-        names = ("max_chunk_len", "target_len", "warmup_layers")
+    def compression(self) -> dict[str, Any]:
+        names = ("max_chunk_len", "target_len", "warmup_layers", "score")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from cluster import retry
 from cluster.cli import app
 from cluster.client import HomerClient
+from cluster.client_wire import compression_to_wire
 from cluster.door import GrpcDoor
 from cluster.errors import (
     CapacityError,
@@ -248,3 +249,9 @@ def test_a_replay_knows_what_was_given_over_any_number_of_attempts() -> None:
 def test_retries_below_none() -> None:
     with pytest.raises(ConfigError, match="retries is -1"):
         HomerClient("127.0.0.1:1", retries=-1)
+
+
+@pytest.mark.parametrize("settings", [{"plan": "wide"}, {"max_chunk": 1}, {"max_chunk_len": "x"}])
+def test_compression_settings_that_do_not_exist_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        compression_to_wire(settings)
