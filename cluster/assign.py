@@ -7,7 +7,7 @@ The order, for a worker with room:
 
 1. a merge whose children lie mostly here, of the most urgent request: it frees memory;
 2. a piece of the request with the smallest share of the pool, by its weight;
-3. a merge of which it has some child.
+3. a merge of which it has some child, unless a faster worker has it done sooner.
 
 Beside that, merges whose own workers may not get work go to any (`adrift`), and workers that have
 nothing to do run a second time what runs far too long elsewhere (`slow_tries`).
@@ -62,6 +62,10 @@ class JobPace:
     @property
     def run(self) -> JobRun:
         return self.active.run
+
+    @property
+    def total_speed(self) -> float:
+        return self.members.total_speed
 
     def speed(self, worker: str) -> float:
         return self.members.speed(worker)
@@ -127,8 +131,19 @@ def choose(
         yield Choice(active, pace=pace)
     for active in by_urgency:
         for unit in active.run.ready_at(member.name):
-            if allowed(unit, member, members):
+            if allowed(unit, member, members) and not sooner_elsewhere(
+                unit, member, JobPace(active, members, now)
+            ):
                 yield Choice(active, unit=unit)
+
+
+def sooner_elsewhere(unit: Unit, member: Member, pace: JobPace) -> bool:
+    """Whether the best worker for a merge, still at another part, has it done before `member`."""
+    best = next(filter(pace.members.usable, pace.run.best_homes(unit)), member.name)
+    if best == member.name:
+        return False
+    work = pace.run.work_of(unit)
+    return pace.busy_seconds(best) + work / pace.speed(best) < work / pace.speed(member.name)
 
 
 def may_run(active: Active, member: Member, now: float) -> bool:

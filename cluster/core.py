@@ -70,8 +70,8 @@ class Core:
             return member.answers if member else 0
 
         workers = max(1, len(self.members))
-        per_worker = self.options.pieces_per_worker
-        return JobRun(job, workers, per_worker, answers, self.members.fits)
+        per_worker, members = self.options.pieces_per_worker, self.members
+        return JobRun(job, workers, per_worker, answers, members.fits, members.speed)
 
     def spawn(
         self, active: Active, worker: str, work: Coroutine[Any, Any, None]

@@ -11,15 +11,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
+from math import isfinite
+from operator import mul
 from typing import NamedTuple, Protocol
 
 from homer.plan import MergePlan, NodeId
 
 # What one worker alone gets in one piece.
 ALONE_PIECE_LEAVES = 8
-# A worker takes the last leaf from another's stretch only where that one would have it done so many
-# times later: else it saves little, and one state more travels.
-WORTH_TAKING = 1.5
+# A worker helps with a stretch that others come to only where it is then done earlier, by this part
+# of the time that all together take for everything: else that saves little, and more states travel.
+WORTH_HELPING = 0.06
+# How far from its even place a cut may lie, as a part of one worker's share, to be at a high node.
+SLACK = 0.05
 # So many stretches are looked at in vain before a worker is left idle for now.
 LOOKS = 32
 
@@ -80,17 +84,29 @@ class PlanIndex:
 class Pace(Protocol):
     """How fast the workers of a job are."""
 
+    @property
+    def total_speed(self) -> float:
+        """Work per second of all together."""
+        ...
+
     def speed(self, worker: str) -> float:
         """Work per second."""
         ...
 
     def busy_seconds(self, worker: str) -> float:
-        """How long `worker` will be at what it has."""
+        """How long `worker` will be at what it has; infinite where it may not come back at all."""
         ...
 
     def largest(self, worker: str) -> float:
         """The most work that `worker` may take at once without making the others wait."""
         ...
+
+
+class _Front(NamedTuple):
+    """Where a worker goes on: from leaf `place` to the right (1), or up to it to the left (-1)."""
+
+    place: int
+    step: int
 
 
 @dataclass(eq=False)
@@ -102,6 +118,15 @@ class _Gap:
     end: int
     work: int
 
+    def first(self, step: int) -> NodeId:
+        """What a worker takes that goes in this direction."""
+        return self.pieces[0 if step > 0 else -1]
+
+    @property
+    def fronts(self) -> tuple[_Front, _Front]:
+        """From where workers come to it."""
+        return _Front(self.start, 1), _Front(self.end, -1)
+
 
 class PieceQueue:
     """Hands out pieces, so that each worker gets a stretch of neighbours.
@@ -111,6 +136,8 @@ class PieceQueue:
     index : PlanIndex
     pieces : sequence of NodeId
         The pieces in context order.
+    workers : int
+        How many will share them.
     on_split : callable
         Told of each piece that is cut into its children, which are pieces from then on.
     fits : callable
@@ -119,17 +146,20 @@ class PieceQueue:
 
     Notes
     -----
-    A worker goes on to the right of its last piece. A worker without such a piece takes the longest
-    free stretch; where another works towards it, the two share it by their pace. So neighbours tend
-    to be merged where they were made, and few states travel. Near the end pieces that would keep
-    one worker busy for longer than the others are cut into their children, so that workers of
-    unequal speed finish together. Each call costs about the logarithm of the number of pieces.
+    At first the pieces are cut into a stretch for every two workers. These begin at its two ends
+    and meet, wherever their pace lets them. So neighbours tend to be merged where they were made,
+    and few states travel. A worker without work helps with the longest stretch, where that saves
+    time.
+    Near the end pieces that would keep one worker busy for longer than the others are cut into
+    their children, so that workers of unequal speed finish together. Each call costs about the
+    logarithm of the number of pieces.
     """
 
     def __init__(
         self,
         index: PlanIndex,
         pieces: Sequence[NodeId],
+        workers: int,
         on_split: Callable[[NodeId], None],
         fits: Callable[[str, NodeId], bool] = lambda *_: True,
     ) -> None:
@@ -138,13 +168,15 @@ class PieceQueue:
         self._fits = fits
         self._starts: dict[int, _Gap] = {}
         self._ends: dict[int, _Gap] = {}
-        # By work, the largest first; entries of gaps that have changed since are stale.
-        self._largest: list[tuple[int, int]] = []
-        self._next: dict[str, int] = {}
-        self._coming: dict[int, set[str]] = {}
+        # By work for each worker that comes, the most first; entries that have changed are stale.
+        self._longest: list[tuple[float, int]] = []
+        self._fronts: dict[str, _Front] = {}
+        self._coming: dict[_Front, set[str]] = {}
         self.free_work = 0
+        self._all_work = sum(index.spans[piece].work for piece in pieces)
+        self._slack = SLACK * self._all_work / workers
         if pieces:
-            self._add(deque(pieces))
+            self._share_out(self._add(deque(pieces)), workers)
 
     def __bool__(self) -> bool:
         return bool(self._starts)
@@ -153,25 +185,27 @@ class PieceQueue:
         """The next piece for `worker`; None when there is none, or it had better wait."""
         if not self._fits(worker, self._index.plan.nodes[0].id):
             return None
-        own = self._next.get(worker)
-        gap = self._starts.get(own) if own is not None else None
-        if gap is None:
-            gap = self._other(worker, pace)
-        if gap is None:
-            return None
-        piece = gap.pieces[0]
+        front = self._fronts.get(worker)
+        gap = self._gap_at(front) if front else None
+        if front is None or gap is None:
+            found = self._other(worker, pace)
+            if found is None:
+                return None
+            gap, front = found
         while (
-            not self._fits(worker, piece) or self._work(piece) > pace.largest(worker)
-        ) and self._split_first(gap):
-            piece = gap.pieces[0]
+            not self._fits(worker, piece := gap.first(front.step))
+            or self._work(piece) > pace.largest(worker)
+        ) and self._split(gap, front.step):
+            pass
         self._remove(gap)
-        gap.pieces.popleft()
-        if gap.pieces:
-            self._add(gap.pieces, gap.work - self._work(piece))
+        piece = gap.pieces.popleft() if front.step > 0 else gap.pieces.pop()
+        span = self._index.spans[piece]
         self.forget(worker)
-        end = self._index.spans[piece].end
-        self._next[worker] = end
-        self._coming.setdefault(end, set()).add(worker)
+        front = _Front(span.end if front.step > 0 else span.first, front.step)
+        self._fronts[worker] = front
+        self._coming.setdefault(front, set()).add(worker)
+        if gap.pieces:
+            self._add(gap.pieces, gap.work - span.work)
         return piece
 
     def put_back(self, piece: NodeId) -> None:
@@ -187,71 +221,116 @@ class PieceQueue:
         self._add(pieces)
 
     def forget(self, worker: str) -> None:
-        """Nobody works towards what lies to the right of this worker's last piece."""
-        place = self._next.pop(worker, None)
-        if place is not None:
-            self._coming[place].discard(worker)
-            if not self._coming[place]:
-                del self._coming[place]
+        """This worker goes on nowhere."""
+        front = self._fronts.pop(worker, None)
+        if front is None:
+            return
+        self._coming[front].discard(worker)
+        if not self._coming[front]:
+            del self._coming[front]
+        if gap := self._gap_at(front):
+            self._rank(gap)
 
-    def _other(self, worker: str, pace: Pace) -> _Gap | None:
-        """A stretch to begin: the longest, or one that nobody is coming to in time."""
-        while self._largest:
-            work, start = self._largest[0]
+    def _gap_at(self, front: _Front) -> _Gap | None:
+        return (self._starts if front.step > 0 else self._ends).get(front.place)
+
+    def _share_out(self, gap: _Gap, workers: int) -> None:
+        """Cut a stretch into one for every two workers."""
+        if workers <= 2 or len(gap.pieces) == 1:
+            return
+        left = 2 * round(workers / 4)
+        one, other = self._cut(gap, left / workers * gap.work)
+        self._share_out(one, left)
+        self._share_out(other, workers - left)
+
+    def _other(self, worker: str, pace: Pace) -> tuple[_Gap, _Front] | None:
+        """A stretch to begin, and where: the longest, else any that is worth helping with."""
+        while self._longest:
+            rank, start = self._longest[0]
             gap = self._starts.get(start)
-            if gap is None or gap.work != -work:
-                heapq.heappop(self._largest)
+            if gap is None or self._rank_of(gap) != rank:
+                heapq.heappop(self._longest)
                 continue
             if begun := self._begin(gap, worker, pace):
                 return begun
             break
-        # The longest stretch is one leaf that is better left alone, as most of the others are.
+        # The longest stretch is better left alone, as most of the others are.
         for gap in list(islice(self._starts.values(), LOOKS)):
             if begun := self._begin(gap, worker, pace):
                 return begun
         return None
 
-    def _begin(self, gap: _Gap, worker: str, pace: Pace) -> _Gap | None:
-        coming = self._coming.get(gap.start)
-        if not coming:
-            return gap
-        other = max(coming, key=pace.speed)
-        while len(gap.pieces) == 1:
-            if not self._split_first(gap):
-                # One leaf is taken away only from a worker that would be long in coming to it.
-                wait = pace.busy_seconds(other) + gap.work / pace.speed(other)
-                return gap if wait >= WORTH_TAKING * gap.work / pace.speed(worker) else None
-        ours = pace.speed(worker) / (pace.speed(worker) + pace.speed(other))
-        return self._cut(gap, self._place_to_cut(gap, 1 - ours))
-
-    def _place_to_cut(self, gap: _Gap, share: float) -> int:
-        """A place near `share` of a stretch's work: the one where the highest node begins."""
-        done = list(accumulate(self._work(piece) for piece in gap.pieces))
-        target = share * gap.work
-        best = min(range(1, len(done)), key=lambda place: abs(done[place - 1] - target))
-        slack = len(done) // 8
-        spans, boundaries = self._index.spans, self._index.boundaries
-        pieces = list(gap.pieces)
-        return max(
-            range(max(1, best - slack), min(len(done) - 1, best + slack) + 1),
-            key=lambda place: (boundaries[spans[pieces[place]].first], -abs(place - best)),
+    def _begin(self, gap: _Gap, worker: str, pace: Pace) -> tuple[_Gap, _Front] | None:
+        """Where to begin a stretch: where nobody comes from, else between those that come."""
+        at_start, at_end = (
+            [other for other in self._coming.get(front, ()) if isfinite(pace.busy_seconds(other))]
+            for front in gap.fronts
         )
+        if not at_start and not at_end:
+            return gap, _Front(gap.start, 1)
+        if not self._is_worth_it(gap, worker, [*at_start, *at_end], pace):
+            return None
+        if not at_start:
+            return gap, _Front(gap.start, 1)
+        if not at_end:
+            return gap, _Front(gap.end, -1)
+        # Those from the left have what is left of the cut, the others share the rest with this one.
+        speeds, ahead = self._strength(at_start, pace)
+        other_speeds, other_ahead = self._strength(at_end, pace)
+        together = speeds + other_speeds + pace.speed(worker)
+        left = speeds * (gap.work + ahead + other_ahead) / together - ahead
+        while len(gap.pieces) == 1 and self._split(gap, 1):
+            pass
+        if len(gap.pieces) > 1 and left > self._work(gap.pieces[0]) / 2:
+            _, gap = self._cut(gap, left)
+        return gap, _Front(gap.start, 1)
 
-    def _cut(self, gap: _Gap, place: int) -> _Gap:
-        """Cut a stretch in two; returns the right one."""
+    def _is_worth_it(self, gap: _Gap, worker: str, others: Sequence[str], pace: Pace) -> bool:
+        """Whether a stretch that others come to is done much earlier with `worker`'s help."""
+        ours, leaf = pace.speed(worker), self._index.node_work[self._index.plan.nodes[0].id]
+        speeds, ahead = self._strength(others, pace)
+        if gap.work <= leaf:
+            alone = min(pace.busy_seconds(other) + gap.work / pace.speed(other) for other in others)
+            together = gap.work / ours
+        else:
+            alone = (gap.work + ahead) / speeds
+            together = max(leaf / ours, (gap.work + ahead) / (speeds + ours))
+        return alone - together >= WORTH_HELPING * self._all_work / pace.total_speed
+
+    @staticmethod
+    def _strength(workers: Sequence[str], pace: Pace) -> tuple[float, float]:
+        """The speed of workers together, and the work that they have to do before."""
+        speeds = [pace.speed(worker) for worker in workers]
+        busy = [pace.busy_seconds(worker) for worker in workers]
+        return sum(speeds), sum(map(mul, speeds, busy))
+
+    def _cut(self, gap: _Gap, left: float) -> tuple[_Gap, _Gap]:
+        """Cut a stretch in two, near `left` of its work: where the highest node begins."""
         pieces = list(gap.pieces)
+        spans, boundaries = self._index.spans, self._index.boundaries
+        done = list(accumulate(self._work(piece) for piece in pieces))
+        off = [abs(work - left) for work in done[:-1]]
+        near = max(self._slack, min(off))
+        place = 1 + max(
+            (place for place in range(len(off)) if off[place] <= near),
+            key=lambda place: (boundaries[spans[pieces[place + 1]].first], -off[place]),
+        )
         self._remove(gap)
-        self._add(deque(pieces[:place]))
-        return self._add(deque(pieces[place:]))
+        return self._add(deque(pieces[:place])), self._add(deque(pieces[place:]))
 
-    def _split_first(self, gap: _Gap) -> bool:
-        piece = gap.pieces[0]
+    def _split(self, gap: _Gap, step: int) -> bool:
+        """Cut the piece that comes next in this direction into its children."""
+        piece = gap.first(step)
         children = self._index.plan.by_id[piece].children
         if not children:
             return False
         self._remove(gap)
-        gap.pieces.popleft()
-        gap.pieces.extendleft(reversed(children))
+        if step > 0:
+            gap.pieces.popleft()
+            gap.pieces.extendleft(reversed(children))
+        else:
+            gap.pieces.pop()
+            gap.pieces.extend(children)
         self._on_split(piece)
         gap.work -= self._index.node_work[piece]
         self._enter(gap)
@@ -271,9 +350,16 @@ class PieceQueue:
     def _enter(self, gap: _Gap) -> None:
         self._starts[gap.start] = self._ends[gap.end] = gap
         self.free_work += gap.work
-        heapq.heappush(self._largest, (-gap.work, gap.start))
+        self._rank(gap)
 
     def _remove(self, gap: _Gap) -> None:
         del self._starts[gap.start]
         del self._ends[gap.end]
         self.free_work -= gap.work
+
+    def _rank(self, gap: _Gap) -> None:
+        heapq.heappush(self._longest, (self._rank_of(gap), gap.start))
+
+    def _rank_of(self, gap: _Gap) -> float:
+        coming = sum(len(self._coming.get(front, ())) for front in gap.fronts)
+        return -gap.work / max(1, coming)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from cluster.active import Active
 from cluster.answers import Answers
-from cluster.assign import JobPace, adrift, allowed, choose, may_run, slow_tries
+from cluster.assign import JobPace, adrift, allowed, choose, may_run, slow_tries, sooner_elsewhere
 from cluster.core import Core
 from cluster.members import Member
 from cluster.node_calls import NodeCalls
@@ -63,9 +63,10 @@ class Dispatcher:
         if not homes:
             # Its children are where the layers for it are not.
             self._start_anywhere(active, unit)
+        pace = JobPace(active, self._core.members, self._core.now())
         for rank, home in enumerate(homes):
             member = self._core.members.get(home)
-            if member is None or (rank and member.load):
+            if member is None or (rank and (member.load or sooner_elsewhere(unit, member, pace))):
                 continue
             if self._can_take(active, member, unit):
                 self._start_unit(active, member, unit)
@@ -126,10 +127,10 @@ class Dispatcher:
                 self._start_anywhere(active, unit)
 
     def use_idle(self) -> None:
-        """Leaves that were left to others, and second runs of what runs far too long."""
+        """What was left to others, and second runs of what runs far too long."""
         idle = [member for member in self._core.members if not member.load]
         actives = [active for active in self._core.actives.values() if active.open]
-        if any(active.run.has_pieces for active in actives):
+        if any(active.run.has_pieces or active.run.ready for active in actives):
             for member in idle:
                 self.fill(member)
         now = self._core.now()

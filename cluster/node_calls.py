@@ -49,12 +49,16 @@ class NodeCalls:
         self._tasks[attempt] = task
 
         def ended(_: asyncio.Task[None]) -> None:
-            del self._tasks[attempt]
-            member.running.discard(request_id)
-            self._core.members.update(member)
+            self._leave(active, member, attempt)
             self._core.has_room(member)
 
         task.add_done_callback(ended)
+
+    def _leave(self, active: Active, member: Member, attempt: Try) -> None:
+        """A worker is through with a try, and may take the next part of the request."""
+        if self._tasks.pop(attempt, None) is not None:
+            member.running.discard(active.request_id)
+            self._core.members.update(member)
 
     async def _run(self, active: Active, member: Member, started: Started) -> None:
         run, attempt, kept = active.run, started.attempt, None
@@ -118,6 +122,8 @@ class NodeCalls:
                 self._prune(active, name, node, kept)
         if above := run.survivors(node):
             self._prune(active, member.name, *above)
+        # A merge of what it has just made is best run here: elsewhere a state more would travel.
+        self._leave(active, member, attempt)
         self._core.changed(active)
 
     def _prune(self, active: Active, name: str, node: NodeId, kept: Sequence[int]) -> None:

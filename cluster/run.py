@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import log2
 
 from cluster.cut import Pace, PieceQueue, PlanIndex, cut_plan
 from cluster.job import Job
@@ -73,6 +74,8 @@ class JobRun:
         How many answers a worker is decoding: the root goes where there are fewest.
     fits : callable
         Whether a worker has the layers that a node runs.
+    speed : callable
+        Work per second of a worker.
     """
 
     def __init__(
@@ -82,9 +85,11 @@ class JobRun:
         pieces_per_worker: int,
         answers: Callable[[str], int] = lambda _: 0,
         fits: Callable[[str, PlanNode], bool] = lambda *_: True,
+        speed: Callable[[str], float] = lambda _: 1.0,
     ) -> None:
         self.job = job
         self._plan = job.plan
+        self._speed = speed
         self._answers = answers
         self._fits = fits
         pieces = cut_plan(job.plan, workers, pieces_per_worker)
@@ -101,7 +106,11 @@ class JobRun:
             if node.id.height >= cut_height
         }
         self._queue = PieceQueue(
-            self.index, pieces, self._split, lambda name, node: fits(name, job.plan.by_id[node])
+            self.index,
+            pieces,
+            workers,
+            self._split,
+            lambda name, node: fits(name, job.plan.by_id[node]),
         )
         # Pieces that some workers should not get again, beside the queue.
         self._again: list[Unit] = []
@@ -174,19 +183,53 @@ class JobRun:
     def best_homes(self, unit: Unit) -> list[str]:
         """Where a ready merge's children are, and it may run: first where most of its rows are.
 
-        The root goes first where fewest answers are decoded, so that answers spread over the pool.
+        Before that count workers' speeds, where one is about twice that of another. The root goes
+        first where fewest answers are decoded, so that answers spread over the pool.
         """
         rows: Counter[str] = Counter()
         for child in unit.node.children:
             home = self.units[child].home
             if home and self._fits(home, unit.node):
                 rows[home] += self._plan.by_id[child].context_out
+        if len(rows) <= 1:
+            return list(rows)
         is_root = unit.node.id == self._plan.root.id
+        fastest = max(map(self._speed, rows))
 
-        def rank(home: str) -> tuple[int, int]:
-            return (self._answers(home) if is_root else 0, -rows[home])
+        def rank(home: str) -> tuple[int, int, int]:
+            times_slower = round(log2(fastest / self._speed(home)))
+            return (self._answers(home) if is_root else 0, times_slower, -rows[home])
 
-        return sorted(rows, key=rank)
+        ranks = {home: rank(home) for home in rows}
+        first = min(ranks.values())
+        return sorted(
+            ranks,
+            key=lambda home: (
+                ranks[home],
+                self._leaves_beside(unit, home) if ranks[home] == first else (),
+            ),
+        )
+
+    def _leaves_beside(self, unit: Unit, home: str) -> tuple[int, ...]:
+        """Leaves of other nodes on a worker, by how soon they will be merged with this; negative.
+
+        Where a merge's result is needed next is a good place for it.
+        """
+        spans = self.index.spans
+        inside = spans[unit.node.id]
+        beside = [
+            span
+            for span in (spans[node] for node in self._at[home])
+            if not inside.first <= span.first < inside.end
+        ]
+        return tuple(
+            -sum(
+                span.end - span.first
+                for span in beside
+                if spans[above.node.id].first <= span.first < spans[above.node.id].end
+            )
+            for above in self._above(unit)
+        )
 
     def start_piece(
         self, worker: str, pace: Pace, now: float, allowed: Callable[[Unit], bool]

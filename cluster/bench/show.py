@@ -98,7 +98,7 @@ def wire_table(results: Sequence[WireResult]) -> Table:
     """Bytes between workers, beside the lower bound."""
     table = Table(
         title="Bytes that one request moves between workers",
-        caption="least: W-1 states and every surviving KV row that the root's worker lacks, "
+        caption="least: the states and surviving KV rows that even shares must move, "
         "without any header; sent: as the workers count them, message by message",
     )
     for title in ("prompt tokens", "workers", "states moved", "least, bytes", "sent, bytes"):

@@ -1,8 +1,8 @@
 """The bytes that one request moves between workers, beside the least that must travel.
 
-With W workers, whose shares of the document meet at the root, at least W-1 states go from one
-worker to another, and every surviving KV row that the root's worker does not have, once. Knows
-nothing about how bytes travel.
+The least is what even shares of neighbouring leaves cannot do without (`fair_split`): the states
+that go from one worker to another, and every surviving KV row that the root's worker does not have,
+once. Knows nothing about how bytes travel.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from cluster.bench.bytes_moved import state_bytes
+from cluster.bench.fair_split import least_bytes
 from cluster.bench.local_workers import connected, local_workers
 from cluster.bench.scaling import make_job
-from cluster.job import CacheReady, JobProgress, MergeDone, WorkerClient
+from cluster.job import CacheReady, JobProgress, WorkerClient
 from cluster.scheduler import Scheduler
 from homer.bench.bench_model import BenchSize, save_bench_model
-from homer.plan import MergePlan, NodeId
+from homer.plan import MergePlan, NodeId, PlanNode
 from homer.shape import ModelShape
 
 
@@ -31,7 +32,7 @@ class WireResult:
 
     `sent` is counted by the workers, message by message, headers of ours included. `state_least`
     and `row_least` are the lower bound; `states_moved` counts the states that went to another
-    worker.
+    worker, `moved_state_bytes` their bytes.
     """
 
     tokens: int
@@ -40,6 +41,7 @@ class WireResult:
     state_least: int
     row_least: int
     states_moved: int
+    moved_state_bytes: int
 
     @property
     def least(self) -> int:
@@ -77,7 +79,6 @@ async def _one_request(
     job = make_job(tokens, size)
     homes: dict[NodeId, str] = {}
     kept: Sequence[int] = ()
-    states_moved = 0
     before = await _sent(clients)
     scheduler = Scheduler(clients)
     async with aclosing(cast(Any, scheduler.run(job))) as events:
@@ -85,21 +86,19 @@ async def _one_request(
             match event:
                 case JobProgress(done):
                     homes[done.node] = event.worker
-                    if isinstance(done, MergeDone):
-                        children = job.plan.by_id[done.node].children
-                        states_moved += sum(homes[child] != event.worker for child in children)
                 case CacheReady():
                     kept = event.context_indices
     await scheduler.close()
     sent = await _sent(clients) - before
-    used = len(set(homes.values()))
+    moved = states_moved(job.plan, homes)
     return WireResult(
         tokens=tokens,
         workers=len(clients),
         sent=sent,
-        state_least=(used - 1) * least_state_bytes(job.plan, shape),
+        state_least=least_states(job.plan, shape, len(clients)),
         row_least=rows_elsewhere(job.plan, homes, kept) * shape.kv_bytes_per_row,
-        states_moved=states_moved,
+        states_moved=len(moved),
+        moved_state_bytes=sum(state_bytes(job.plan, node, shape) for node in moved),
     )
 
 
@@ -108,12 +107,19 @@ async def _sent(clients: Sequence[WorkerClient]) -> int:
     return sum(one.sent_bytes for one in stats)
 
 
-def least_state_bytes(plan: MergePlan, shape: ModelShape) -> int:
-    """The smallest state that can go from one worker's share of the document to another's."""
-    return min(
-        (state_bytes(plan, node, shape) for node in plan.nodes if node.id != plan.root.id),
-        default=0,
-    )
+def least_states(plan: MergePlan, shape: ModelShape, workers: int) -> int:
+    """The fewest bytes of states that travel when `workers` share the plan evenly."""
+    states = {node.id: state_bytes(plan, node, shape) for node in plan.nodes}
+    return least_bytes(plan, states, workers)
+
+
+def states_moved(plan: MergePlan, homes: Mapping[NodeId, str]) -> list[PlanNode]:
+    """The nodes whose states went to another worker."""
+    return [
+        node
+        for node in plan.nodes
+        if (parent := plan.parents.get(node.id)) and homes[parent] != homes[node.id]
+    ]
 
 
 def rows_elsewhere(plan: MergePlan, homes: Mapping[NodeId, str], kept: Sequence[int]) -> int:

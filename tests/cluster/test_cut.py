@@ -50,6 +50,10 @@ class Speeds:
         self.limit = float("inf")
         self.busy = 0.0
 
+    @property
+    def total_speed(self) -> float:
+        return sum(self.speeds.values()) or 2.0
+
     def speed(self, worker: str) -> float:
         return self.speeds.get(worker, 1.0)
 
@@ -68,12 +72,13 @@ def leaves(count: int) -> tuple[PlanIndex, list[NodeId]]:
     return PlanIndex(plan), [leaf.id for leaf in plan.leaves]
 
 
-def queue_of(count: int) -> PieceQueue:
-    return PieceQueue(*leaves(count), on_split=lambda _: None)
+def queue_of(count: int, workers: int = 2) -> PieceQueue:
+    return PieceQueue(*leaves(count), workers, on_split=lambda _: None)
 
 
-def numbers(*taken: NodeId | None) -> list[int | None]:
-    return [piece.index if piece is not None else None for piece in taken]
+def numbers(*taken: NodeId | None) -> list[int]:
+    """Leaves by their index, -1 for none."""
+    return [piece.index if piece is not None else -1 for piece in taken]
 
 
 @given(
@@ -82,15 +87,21 @@ def numbers(*taken: NodeId | None) -> list[int | None]:
     order=st.lists(st.integers(0, 4), min_size=300, max_size=300),
     limits=st.lists(st.sampled_from([1.0, 50.0, 1e9]), min_size=300, max_size=300),
     put_back=st.sets(st.integers(0, 40)),
+    workers=st.integers(1, 9),
 )
 def test_every_leaf_is_handed_out_once(
-    count: int, height: int, order: list[int], limits: list[float], put_back: set[int]
+    count: int,
+    height: int,
+    order: list[int],
+    limits: list[float],
+    put_back: set[int],
+    workers: int,
 ) -> None:
     index, pieces = leaves(count)
     height = min(height, index.plan.height)
     pieces = [node.id for node in index.plan.nodes if node.id.height == height]
     split: list[NodeId] = []
-    queue = PieceQueue(index, pieces, on_split=split.append)
+    queue = PieceQueue(index, pieces, workers, on_split=split.append)
     pace = Speeds(**{"0": 1.0, "1": 3.0, "2": 0.2})
     done: list[int] = []
     for turn, (worker, pace.limit) in enumerate(zip(order, limits, strict=True)):
@@ -113,38 +124,64 @@ def test_every_leaf_is_handed_out_once(
     assert len(split) == len(set(split))
 
 
-def test_equal_workers_get_equal_stretches_of_neighbours() -> None:
-    queue, pace = queue_of(16), Speeds()
-    taken = [numbers(queue.take("a", pace), queue.take("b", pace)) for _ in range(8)]
-    assert taken == [[number, number + 8] for number in range(8)]
+def take_turns(queue: PieceQueue, pace: Speeds, *workers: str) -> dict[str, list[int]]:
+    """Let workers take one piece each, turn after turn, until there is none for any of them."""
+    taken: dict[str, list[int]] = {worker: [] for worker in workers}
+    while pieces := {w: piece for w in workers if (piece := queue.take(w, pace)) is not None}:
+        for worker, piece in pieces.items():
+            taken[worker] += numbers(piece)
+    return taken
 
 
-def test_a_stretch_is_shared_by_the_pace_of_its_workers() -> None:
+def test_two_workers_come_from_both_ends_and_meet() -> None:
+    taken = take_turns(queue_of(16), Speeds(), "a", "b")
+    assert taken == {"a": list(range(8)), "b": list(range(15, 7, -1))}
+
+
+def test_every_two_workers_share_a_stretch() -> None:
+    taken = take_turns(queue_of(16, 4), Speeds(), *"abcd")
+    assert sorted(sorted(stretch) for stretch in taken.values()) == [
+        list(range(k, k + 4)) for k in (0, 4, 8, 12)
+    ]
+
+
+def test_three_workers_get_thirds() -> None:
+    taken = take_turns(queue_of(24, 3), Speeds(), *"abc")
+    assert sorted(map(len, taken.values())) == [8, 8, 8]
+    for stretch in taken.values():
+        assert abs(stretch[0] - stretch[-1]) == 7
+
+
+def test_they_meet_where_their_pace_lets_them() -> None:
     queue, pace = queue_of(16), Speeds(fast=3.0)
-    assert numbers(queue.take("slow", pace), queue.take("fast", pace)) == [0, 4]
+    taken = take_turns(queue, pace, "fast", "fast", "fast", "slow")
+    assert taken["slow"] == [15, 14, 13, 12]
 
 
-def test_a_fast_worker_takes_over_half_of_what_a_slow_one_has_left() -> None:
-    queue, pace = queue_of(16), Speeds()
-    assert numbers(queue.take("fast", pace), queue.take("slow", pace)) == [0, 8]
-    assert numbers(*(queue.take("fast", pace) for _ in range(8))) == [1, 2, 3, 4, 5, 6, 7, 12]
+def test_a_worker_that_is_ahead_helps_between_those_that_come_to_a_stretch() -> None:
+    queue, pace = queue_of(32, 3), Speeds(a=1.0, b=1.0, fast=2.0)
+    first = numbers(queue.take("a", pace), queue.take("b", pace))
+    assert first == [0, 20]
+    own = [numbers(queue.take("fast", pace))[0] for _ in range(11)]
+    assert own == list(range(21, 32))
+    # Of the 19 leaves between the two the one from the left keeps a quarter.
+    assert numbers(queue.take("fast", pace)) == [6]
 
 
 def test_the_last_leaf_is_left_to_the_worker_that_comes_to_it() -> None:
-    queue, pace = queue_of(4), Speeds(slow=0.1)
-    assert numbers(queue.take("a", pace), queue.take("b", pace)) == [0, 2]
-    assert numbers(queue.take("a", pace)) == [1]
-    assert queue.take("a", pace) is None
+    queue, pace = queue_of(4, 3), Speeds(a=1.0, b=1.0)
+    assert numbers(queue.take("a", pace), queue.take("a", pace), queue.take("b", pace)) == [0, 1, 3]
+    assert queue.take("c", pace) is None
     # Not where it would be long in coming.
-    pace.speeds["b"] = 0.1
-    assert numbers(queue.take("a", pace)) == [3]
+    pace.busy = 1e9
+    assert numbers(queue.take("c", pace)) == [2]
 
 
 def test_a_piece_that_takes_too_long_is_cut_into_its_children() -> None:
     index, _ = leaves(16)
     pieces = [node.id for node in index.plan.nodes if node.id.height == 3]
     split: list[NodeId] = []
-    queue, pace = PieceQueue(index, pieces, on_split=split.append), Speeds()
+    queue, pace = PieceQueue(index, pieces, 2, on_split=split.append), Speeds()
     pace.limit = index.spans[NodeId(1, 0)].work
     assert queue.take("a", pace) == NodeId(1, 0)
     assert split == [NodeId(3, 0), NodeId(2, 0)]
