@@ -85,10 +85,11 @@ def _ready(process: subprocess.Popen[str], name: str) -> LocalWorker:
         selector.register(process.stdout, selectors.EVENT_READ)
         if not selector.select(max(0.0, deadline - time.monotonic())):
             raise PlacementError(f"{name} did not start within {START_SECONDS:g} seconds")
-    words = dict(word.split("=", 1) for word in process.stdout.readline().split() if "=" in word)
-    if "port" not in words:
+    line = process.stdout.readline()
+    if not line.startswith("homer-worker ready "):
+        said = "ended" if not line else "cannot load the model"
         raise PlacementError(
-            f"{name} ended with status {process.wait(STOP_SECONDS)} before it was ready; "
-            "run python -m workers by hand to see why"
+            f"{name} {said} before it was ready; run python -m workers by hand to see why"
         )
+    words = dict(word.split("=", 1) for word in line.split() if "=" in word)
     return LocalWorker(name, f"{words['host']}:{words['port']}", int(words["pid"]))
