@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from homer.families import CacheRow
 from homer.v1 import worker_pb2
 from workers.errors import DamagedStreamError
 from workers.gather import Gather
@@ -22,8 +23,7 @@ LAYERS, ROWS, HEAD_DIM = 12, 32, 8
 LAYER_BYTES = 2 * ROWS * HEAD_DIM * 4
 STACK: Any = SimpleNamespace(
     num_layers=LAYERS,
-    kv_bytes_per_row=2 * HEAD_DIM * 4,
-    cache_row=SimpleNamespace(shapes=lambda rows: [(1, rows, HEAD_DIM)] * 2),
+    cache_row=CacheRow((1, HEAD_DIM), (1, HEAD_DIM)),
     dtype=torch.float32,
     device=torch.device("cpu"),
 )
