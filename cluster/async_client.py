@@ -6,19 +6,17 @@ Knows nothing about Ray: it needs an address and nothing else.
 from __future__ import annotations
 
 import asyncio
-import itertools
-import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, cast
 
 import grpc
 
-from cluster.client_wire import CHANNEL_OPTIONS, Event, build_request, event_of, service_error
+from cluster.client_request import ClientRequest, from_keywords
+from cluster.client_wire import CHANNEL_OPTIONS, Event, event_of, service_errors
 from cluster.errors import ServiceError
-from cluster.retry import Replay, delay_seconds
-from homer.errors import ConfigError
+from cluster.retry import Attempts, check_retries
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc
 from workers.tracing import caller_metadata
@@ -43,10 +41,8 @@ class AsyncHomerClient:
     """
 
     def __init__(self, address: str, *, retries: int = 0) -> None:
-        if retries < 0:
-            raise ConfigError(f"retries is {retries}; use 0 or more")
         self.address = address
-        self.retries = retries
+        self.retries = check_retries(retries)
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         # The generated stub works with both kinds of channel; its types know one.
         self._stub: Any = long_context_pb2_grpc.LongContextStub(cast(Any, self._channel))
@@ -66,19 +62,8 @@ class AsyncHomerClient:
         """Close the connection; running requests are cancelled."""
         await self._channel.close()
 
-    async def generate(
-        self,
-        *,
-        context: str | Sequence[int],
-        question: str | Sequence[int],
-        prefix: str | Sequence[int] = "",
-        request_id: str = "",
-        sampling: Mapping[str, Any] | None = None,
-        compression: Mapping[str, Any] | None = None,
-        return_kept_indices: bool = False,
-        priority: int = 0,
-        timeout_seconds: float | None = None,
-    ) -> AsyncGenerator[Event]:
+    @from_keywords(ClientRequest)
+    async def generate(self, request: ClientRequest) -> AsyncGenerator[Event]:
         """As `HomerClient.generate`. Closing the generator cancels the request.
 
         Raises
@@ -86,42 +71,25 @@ class AsyncHomerClient:
         ServiceError
             When the service refuses or fails the request, or cannot be reached.
         """
-        request = build_request(
-            context=context,
-            question=question,
-            prefix=prefix,
-            request_id=request_id,
-            sampling=sampling,
-            compression=compression,
-            return_kept_indices=return_kept_indices,
-            priority=priority,
-            repeatable=self.retries > 0,
-        )
-        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        replay = Replay()
-        for failures in itertools.count(1):
-            replay.begin()
+        message = request.to_wire(repeatable=self.retries > 0)
+        attempts = Attempts(self.retries, request.timeout_seconds)
+        while True:
             try:
-                async with aclosing(self._events(request, deadline)) as events:
+                async with aclosing(self._events(message, attempts.begin())) as events:
                     async for event in events:
-                        if not isinstance(event, pb.Token) or replay.is_new(event.token_id):
+                        if not isinstance(event, pb.Token) or attempts.is_new(event.token_id):
                             yield event
                 return
             except ServiceError as error:
-                delay = delay_seconds(error, failures)
-                if delay is None or failures > self.retries:
-                    raise
-                if deadline is not None and time.monotonic() + delay >= deadline:
-                    raise
+                delay = attempts.delay_after(error)
             await asyncio.sleep(delay)
 
     async def _events(
-        self, request: pb.GenerateRequest, deadline: float | None
+        self, message: pb.GenerateRequest, timeout: float | None
     ) -> AsyncGenerator[Event]:
         """The events of one attempt."""
-        timeout_seconds = None if deadline is None else deadline - time.monotonic()
-        with _errors(self.address):
-            call = self._stub.Generate(request, timeout=timeout_seconds, metadata=caller_metadata())
+        with service_errors(self.address):
+            call = self._stub.Generate(message, timeout=timeout, metadata=caller_metadata())
             try:
                 async for response in call:
                     yield event_of(response)
@@ -136,16 +104,8 @@ class AsyncHomerClient:
         ServiceError
             When the service cannot be reached.
         """
-        with _errors(self.address):
+        with service_errors(self.address):
             info: pb.GetServerInfoResponse = await self._stub.GetServerInfo(
                 pb.GetServerInfoRequest(), timeout=timeout_seconds
             )
             return info
-
-
-@contextmanager
-def _errors(address: str) -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise service_error(error, address) from error

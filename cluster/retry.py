@@ -6,8 +6,10 @@ Pure rules; knows nothing about gRPC.
 from __future__ import annotations
 
 import random
+import time
 
 from cluster.errors import ServiceError
+from homer.errors import ConfigError
 
 # The name of the trailing metadata with the seconds after which to ask again.
 RETRY_AFTER = "retry-after"
@@ -30,6 +32,55 @@ def delay_seconds(error: ServiceError, failures: int) -> float | None:
     if delay is None:
         delay = min(FIRST_DELAY_SECONDS * 2 ** min(failures - 1, 16), LONGEST_DELAY_SECONDS)
     return delay * (1 + JITTER * random.random())
+
+
+class Attempts:
+    """The attempts at one request: when there is another, and which of its tokens are new.
+
+    Parameters
+    ----------
+    retries : int
+        How many there may be after the first.
+    timeout_seconds : float, optional
+        For all of them together.
+    """
+
+    def __init__(self, retries: int, timeout_seconds: float | None) -> None:
+        self._retries = retries
+        self._deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        self._replay = Replay()
+        self._failures = 0
+
+    def begin(self) -> float | None:
+        """A new attempt; the seconds that it may take."""
+        self._replay.begin()
+        return None if self._deadline is None else self._deadline - time.monotonic()
+
+    def is_new(self, token_id: int) -> bool:
+        """As `Replay.is_new`."""
+        return self._replay.is_new(token_id)
+
+    def delay_after(self, error: ServiceError) -> float:
+        """How long to wait before the next attempt; raises `error` where there is none."""
+        self._failures += 1
+        delay = delay_seconds(error, self._failures)
+        if delay is None or self._failures > self._retries:
+            raise error
+        if self._deadline is not None and time.monotonic() + delay >= self._deadline:
+            raise error
+        return delay
+
+
+def check_retries(retries: int) -> int:
+    """`retries`, which may not be negative.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if retries < 0:
+        raise ConfigError(f"retries is {retries}; use 0 or more")
+    return retries
 
 
 class Replay:

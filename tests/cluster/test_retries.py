@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, cast
 
 import grpc
@@ -14,8 +15,8 @@ from typer.testing import CliRunner
 
 from cluster import retry
 from cluster.cli import app
-from cluster.client import HomerClient
-from cluster.client_wire import compression_to_wire
+from cluster.client import AsyncHomerClient, HomerClient
+from cluster.client_request import ClientRequest, compression_to_wire
 from cluster.door import GrpcDoor
 from cluster.errors import (
     CapacityError,
@@ -255,3 +256,18 @@ def test_retries_below_none() -> None:
 def test_compression_settings_that_do_not_exist_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         compression_to_wire(settings)
+
+
+def test_both_clients_take_the_same_keywords_and_refuse_others_at_once() -> None:
+    fields = {name: item.default for name, item in signature(ClientRequest).parameters.items()}
+    for kind in (HomerClient, AsyncHomerClient):
+        taken = dict(signature(kind.generate).parameters)
+        del taken["self"]
+        assert {name: item.default for name, item in taken.items()} == fields
+    with HomerClient("127.0.0.1:9") as client:
+        with pytest.raises(TypeError, match="colour"):
+            client.generate(context="a", question="b", colour="red")  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match="all as text or all as token ids"):
+            client.generate(context="a", question=[1])
+        with pytest.raises(ConfigError, match="heat"):
+            ask(client, sampling={"heat": 1})
