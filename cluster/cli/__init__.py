@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.exceptions import TyperException
 
 from cluster.cli import bench, calibrate, doctor, generate, plan, serve, status, trace
-from cluster.errors import PlacementError, ServiceError
+from cluster.cli.config_file import read_defaults
+from cluster.cli.exit_codes import MEANINGS, ExitCode, exit_code
 from homer import __version__
-from homer.errors import (
-    BiasError,
-    ConfigError,
-    HomerError,
-    ModelError,
-    PlanError,
-    PromptError,
-)
+from homer.errors import HomerError
 
-EXIT_FAILED = 1
-EXIT_MISTAKE = 2
-EXIT_NO_SERVICE = 3
-
-_MISTAKES = (BiasError, ConfigError, ModelError, PlanError, PromptError)
-_MISTAKE_CODES = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND")
+# Where a value is from that was not written on the command line.
+_ELSEWHERE = {"ENVIRONMENT": "from its variable", "DEFAULT_MAP": "from the configuration file"}
 
 app = typer.Typer(
     name="homer",
     help="Questions about documents far beyond a model's window, on a Ray cluster.",
-    epilog="Exit codes: 1 the service failed, 2 a mistake in the request, 3 no service or no room.",
+    epilog="Exit codes: " + "; ".join(f"{code} {text}" for code, text in MEANINGS.items()) + ".",
+    # Every option has a variable: HOMER_SERVE_PORT is --port of homer serve.
+    context_settings={"auto_envvar_prefix": "HOMER"},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(serve.serve)
@@ -52,6 +45,13 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML or YAML file with defaults for the options of all commands: docs/cli.md."
+        ),
+    ] = None,
     version: Annotated[
         bool,
         typer.Option(
@@ -59,24 +59,40 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
-
-
-def exit_code(error: HomerError) -> int:
-    """The exit code that an error means."""
-    if isinstance(error, ServiceError):
-        if error.code in _MISTAKE_CODES:
-            return EXIT_MISTAKE
-        return EXIT_NO_SERVICE if error.code == "UNAVAILABLE" else EXIT_FAILED
-    if isinstance(error, PlacementError):
-        return EXIT_NO_SERVICE
-    return EXIT_MISTAKE if isinstance(error, _MISTAKES) else EXIT_FAILED
+    if config is not None:
+        context.default_map = read_defaults(config, context.command)
 
 
 def main() -> None:
     """Run the command line; a known error is one line on stderr, not a traceback."""
     try:
-        app()
+        code = app(standalone_mode=False, prog_name="homer")
+    except TyperException as error:
+        code = _tell_usage(error)
+    except typer.Abort:
+        code = ExitCode.INTERRUPTED
     except HomerError as error:
         typer.echo(f"homer: {error}", err=True)
-        sys.exit(exit_code(error))
+        code = exit_code(error)
+    except OSError as error:
+        # A file that cannot be read or written; what else the system refuses is no user's mistake.
+        if error.filename is None:
+            raise
+        typer.echo(f"homer: {error.filename}: {error.strerror}", err=True)
+        code = ExitCode.MISTAKE
+    sys.exit(code if isinstance(code, int) else ExitCode.DONE)
+
+
+def _tell_usage(error: Any) -> ExitCode:
+    """What is wrong with a command line, a variable or the configuration file, in one line."""
+    context = getattr(error, "ctx", None)
+    parameter = getattr(error, "param", None)
+    message = " ".join(error.format_message().split())
+    if context is None or not message:
+        # Without arguments typer prints the help itself.
+        return ExitCode.MISTAKE
+    source = context.get_parameter_source(parameter.name) if parameter is not None else None
+    if source is not None and source.name in _ELSEWHERE:
+        message += f" ({_ELSEWHERE[source.name]})"
+    typer.echo(f"homer: {message.rstrip('.')}; see {context.command_path} --help", err=True)
+    return ExitCode.MISTAKE

@@ -17,6 +17,7 @@ import typer
 
 from cluster.cli import bench_cluster, bench_decode, bench_simulate
 from cluster.cli.bench_output import OUT, Out, machine_facts, measuring, print_table, save_results
+from cluster.cli.settings import AsJson
 from homer.config import ScoreKind
 
 if TYPE_CHECKING:
@@ -52,11 +53,11 @@ Methods = Annotated[
 ]
 Variants = Annotated[
     list[str] | None,
-    typer.Option("--variant", help="Other settings: name:field=value,field=value. Repeatable."),
+    typer.Option(help="Other settings: name:field=value,field=value. Repeatable."),
 ]
 Scores = Annotated[
     list[str] | None,
-    typer.Option("--score", help=f"Others too: {', '.join(get_args(ScoreKind))}. Repeatable."),
+    typer.Option(help=f"Others too: {', '.join(get_args(ScoreKind))}. Repeatable."),
 ]
 PlainSamples = Annotated[
     int | None,
@@ -69,7 +70,7 @@ Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first GPU if there is one.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Forget the answers of earlier runs.")]
+Fresh = Annotated[bool, typer.Option(help="Forget the answers of earlier runs.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +100,14 @@ _DEFAULT = QualityOptions()
 
 @app.command()
 def speed(
-    lengths: Lengths = SPEED_LENGTHS, runs: Runs = 3, threads: Threads = 1, out: Out = OUT
+    lengths: Lengths = SPEED_LENGTHS,
+    runs: Runs = 3,
+    threads: Threads = 1,
+    out: Out = OUT,
+    as_json: AsJson = False,
 ) -> None:
     """Time compression beside full attention, on a model of 12 random layers."""
-    with measuring():
+    with measuring(as_json):
         _speed(lengths, runs, threads, out)
 
 
@@ -112,9 +117,10 @@ def memory(
     methods: Annotated[str, typer.Option(help="Which of: homer, paper, plain.")] = "homer,paper",
     threads: Threads = 1,
     out: Out = OUT,
+    as_json: AsJson = False,
 ) -> None:
     """Measure peak memory above the loaded model, in a fresh process for each length."""
-    with measuring():
+    with measuring(as_json):
         _memory(lengths, methods, threads, out)
 
 
@@ -123,9 +129,10 @@ def transport(
     megabytes: Annotated[int, typer.Option(help="MiB per run.", min=16)] = 512,
     runs: Runs = 9,
     out: Out = OUT,
+    as_json: AsJson = False,
 ) -> None:
     """Time the tensor stream between workers beside a raw TCP socket and a copy in memory."""
-    with measuring():
+    with measuring(as_json):
         _transport(megabytes, runs, out)
 
 
@@ -133,9 +140,10 @@ def transport(
 def wire_dtype(
     prompts: Annotated[int, typer.Option(help="Pass-key prompts.", min=1)] = 20,
     out: Out = OUT,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what narrower types between workers cost in accuracy, and the bytes they save."""
-    with measuring():
+    with measuring(as_json):
         _wire_dtype(prompts, out)
 
 
@@ -145,8 +153,8 @@ def passkey(
     lengths: Lengths = _DEFAULT.lengths,
     samples: Samples = _DEFAULT.samples,
     methods: Methods = _DEFAULT.methods,
-    variants: Variants = None,
-    scores: Scores = None,
+    variant: Variants = None,
+    score: Scores = None,
     plain_samples: PlainSamples = _DEFAULT.plain_samples,
     plain_max_length: PlainMaxLength = _DEFAULT.plain_max_length,
     seed: Seed = _DEFAULT.seed,
@@ -156,9 +164,10 @@ def passkey(
     device: Device = _DEFAULT.device,
     out: Out = _DEFAULT.out,
     fresh: Fresh = _DEFAULT.fresh,
+    as_json: AsJson = False,
 ) -> None:
     """Answers about one key hidden in a long text. A run that was stopped goes on."""
-    with measuring():
+    with measuring(as_json):
         _quality("passkey", _options(locals()))
 
 
@@ -168,8 +177,8 @@ def multikey(
     lengths: Lengths = _DEFAULT.lengths,
     samples: Samples = _DEFAULT.samples,
     methods: Methods = _DEFAULT.methods,
-    variants: Variants = None,
-    scores: Scores = None,
+    variant: Variants = None,
+    score: Scores = None,
     plain_samples: PlainSamples = _DEFAULT.plain_samples,
     plain_max_length: PlainMaxLength = _DEFAULT.plain_max_length,
     keys: Annotated[int | None, typer.Option(help="Keys in the text.", min=1)] = None,
@@ -180,19 +189,20 @@ def multikey(
     device: Device = _DEFAULT.device,
     out: Out = _DEFAULT.out,
     fresh: Fresh = _DEFAULT.fresh,
+    as_json: AsJson = False,
 ) -> None:
     """Answers about one of several named keys. A run that was stopped goes on."""
-    with measuring():
+    with measuring(as_json):
         _quality("multikey", _options(locals()))
 
 
 @app.command("all")
-def everything(model: Model = None, out: Out = OUT) -> None:
+def everything(model: Model = None, out: Out = OUT, as_json: AsJson = False) -> None:
     """All of it with few samples, in about 15 minutes on two cores."""
     few = QualityOptions(
         model=model, lengths="0.75x,8x,64x", samples=10, plain_max_length="8x", out=out
     )
-    with measuring():
+    with measuring(as_json):
         _speed(SPEED_LENGTHS, 1, 1, out)
         _memory(MEMORY_LENGTHS, "homer,paper", 1, out)
         bench_cluster.measure_scaling(bench_cluster.SCALING_LENGTHS, "1,2", 1, out)
@@ -207,7 +217,8 @@ def everything(model: Model = None, out: Out = OUT) -> None:
 
 
 def _options(given: dict[str, Any]) -> QualityOptions:
-    lists = {name: tuple(given[name] or ()) for name in ("variants", "scores")}
+    lists = {f"{name}s": tuple(given.pop(name) or ()) for name in ("variant", "score")}
+    del given["as_json"]
     return QualityOptions(**{**given, **lists})
 
 

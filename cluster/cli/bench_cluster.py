@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.cli.bench_output import OUT, Out, machine_facts, measuring, print_table, save_results
+from cluster.cli.settings import AsJson
 from homer.config import PlanKind
 
 if TYPE_CHECKING:
@@ -29,10 +30,14 @@ WireWorkers = Annotated[str, typer.Option(help="Numbers of workers.")]
 
 
 def scaling(
-    lengths: Lengths = SCALING_LENGTHS, workers: Workers = WORKERS, runs: Runs = 3, out: Out = OUT
+    lengths: Lengths = SCALING_LENGTHS,
+    workers: Workers = WORKERS,
+    runs: Runs = 3,
+    out: Out = OUT,
+    as_json: AsJson = False,
 ) -> None:
     """Time one and more workers beside what the tree allows, and check the simulator by them."""
-    with measuring():
+    with measuring(as_json):
         measure_scaling(lengths, workers, runs, out)
 
 
@@ -41,9 +46,10 @@ def overhead(
     new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = 32,
     runs: Runs = 25,
     out: Out = OUT,
+    as_json: AsJson = False,
 ) -> None:
     """Time a service of one worker beside the same work in one process."""
-    with measuring():
+    with measuring(as_json):
         measure_overhead(tokens, new_tokens, runs, out)
 
 
@@ -52,9 +58,10 @@ def wire(
     workers: WireWorkers = WIRE_WORKERS,
     plan: Annotated[PlanKind, typer.Option(help="How the context is cut.")] = "balanced",
     out: Out = OUT,
+    as_json: AsJson = False,
 ) -> None:
     """Count the bytes between workers, beside the least that must travel."""
-    with measuring():
+    with measuring(as_json):
         measure_wire(tokens, workers, out, plan)
 
 
@@ -62,9 +69,10 @@ def worker_memory(
     lengths: Lengths = MEMORY_LENGTHS,
     workers: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 2,
     out: Out = OUT,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the peak memory of each worker by the length of the document."""
-    with measuring():
+    with measuring(as_json):
         measure_worker_memory(lengths, workers, out)
 
 

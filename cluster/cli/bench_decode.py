@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli.bench_output import OUT, Out, machine_facts, measuring, print_table, save_results
+from cluster.cli.settings import AsJson
 
 
 def decode(
@@ -16,9 +17,10 @@ def decode(
     runs: Annotated[int, typer.Option(help="Rounds, one and all in turn.", min=1)] = 3,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     out: Out = OUT,
+    as_json: AsJson = False,
 ) -> None:
     """Time answers decoded together beside one alone, on a model of 12 random layers."""
-    with measuring():
+    with measuring(as_json):
         _decode(answers, tokens, runs, threads, out)
 
 

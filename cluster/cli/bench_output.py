@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,14 +20,22 @@ OUT = Path("out/bench")
 Out = Annotated[Path, typer.Option(help="Folder for JSON, plots and single answers.")]
 
 
+# Whether results are printed as JSON and not as tables.
+_AS_JSON = ContextVar("_AS_JSON", default=False)
+
+
 @contextmanager
-def measuring() -> Iterator[None]:
+def measuring(as_json: bool) -> Iterator[None]:
     """Only what is measured is printed; SIGTERM ends child processes as well."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with ended_by_signals():
-        yield
+    before = _AS_JSON.set(as_json)
+    try:
+        with ended_by_signals():
+            yield
+    finally:
+        _AS_JSON.reset(before)
 
 
 def machine_facts() -> dict[str, Any]:
@@ -38,7 +47,9 @@ def machine_facts() -> dict[str, Any]:
 
 
 def print_table(machine: dict[str, Any], table: Any) -> None:
-    """The command, the machine, and a table."""
+    """The command, the machine, and a table; nothing where JSON is wanted."""
+    if _AS_JSON.get():
+        return
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -49,10 +60,12 @@ def print_table(machine: dict[str, Any], table: Any) -> None:
 
 
 def save_results(path: Path, machine: dict[str, Any], results: Any) -> None:
-    """The same as JSON."""
+    """The same as JSON: into a file, and where that is wanted to stdout, in one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"command": _command(), "machine": machine, "results": results}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if _AS_JSON.get():
+        print(json.dumps(content), flush=True)
 
 
 def _command() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,8 @@ import typer
 
 from cluster.cli.bench_cluster import parse_numbers
 from cluster.cli.bench_output import OUT, Out, machine_facts, measuring, print_table, save_results
+from cluster.cli.settings import AsJson
+from homer.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.sim.grid import Cell
@@ -38,21 +41,24 @@ def costs(
     processes: Annotated[int, typer.Option(help="How many measure side by side.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Rounds; medians are kept.", min=1)] = 5,
     derive: Annotated[
-        bool, typer.Option("--derive", help="From an H100's data sheet instead, for a 7B model.")
+        bool, typer.Option(help="From an H100's data sheet instead, for a 7B model.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what leaves, merges and tokens of the bench model cost on one thread here."""
     if derive:
         from cluster.sim.derive import GpuSheet, derive_costs
         from homer.shape import ModelShape
 
-        return derive_costs(GpuSheet(), ModelShape()).save(to)
+        derive_costs(GpuSheet(), ModelShape()).save(to)
+        _print_costs(to, as_json)
+        return
     import tempfile
 
     from cluster.bench.costs import measure_costs
     from homer.bench.bench_model import BenchSize, save_bench_model
 
-    with measuring(), tempfile.TemporaryDirectory(prefix="homer-bench-") as folder:
+    with measuring(as_json), tempfile.TemporaryDirectory(prefix="homer-bench-") as folder:
         machine, size = machine_facts(), BenchSize()
         save_bench_model(Path(folder), size)
         found = measure_costs(
@@ -69,6 +75,12 @@ def costs(
             f"{100 * found.largest_error:.0f}%",
             file=sys.stderr,
         )
+        _print_costs(to, as_json)
+
+
+def _print_costs(file: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(json.loads(file.read_text(encoding="utf-8"))))
 
 
 def simulate(
@@ -83,6 +95,7 @@ def simulate(
     restart_seconds: Annotated[float, typer.Option(help="Until a worker is back.")] = 30.0,
     plot: Annotated[Path | None, typer.Option(help="Picture; else in the folder.")] = None,
     out: Out = OUT,
+    as_json: AsJson = False,
 ) -> None:
     """Run the scheduler against workers of virtual time: 1 to 1,024 of them, and some that die."""
     from cluster.sim.network import GIGABIT, NetworkOptions
@@ -90,17 +103,24 @@ def simulate(
     network = replace(
         NetworkOptions(), bytes_per_second=gigabits * GIGABIT, workers_per_host=workers_per_host
     )
-    with measuring():
+    with measuring(as_json):
         run_simulations(
             costs,
             parse_numbers(workers),
             parse_numbers(lengths),
             network,
-            [float(rate) for rate in failures.split(",")],
+            _parse_rates(failures),
             FailureOptions(failing_workers, failing_tokens, restart_seconds),
             plot or out / "simulate.png",
             out,
         )
+
+
+def _parse_rates(text: str) -> list[float]:
+    try:
+        return [float(rate) for rate in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is no list of numbers; write 0,60,240") from error
 
 
 def run_simulations(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.cli.load_settings import loads_a_model
+from cluster.cli.settings import AsJson
 from homer.errors import PromptError
 from homer.load_options import LoadOptions
 from homer.shape import BIAS_FILE
@@ -43,10 +44,8 @@ def calibrate(
         typer.Option(min=1, help="Processes, each with a model of its own; GPUs are shared out."),
     ] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 1,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Forget what a stopped run has done.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Forget what a stopped run has done.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure how the attention of ordinary text depends on distance, layer by layer.
 

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-EXIT_REFUSED = 2
+from cluster.cli.exit_codes import ExitCode
+from cluster.cli.settings import AsJson
 
 
 def doctor(
     model: Annotated[str, typer.Option(help="Folder or id of a model; only its config is read.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell whether Homer can run a model, how it would, and what that takes. Loads no weights."""
     import transformers
@@ -26,7 +27,7 @@ def doctor(
     else:
         _show(report)
     if not report.supported:
-        raise typer.Exit(EXIT_REFUSED)
+        raise typer.Exit(ExitCode.MISTAKE)
 
 
 def _show(report: Any) -> None:

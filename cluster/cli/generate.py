@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.cli import settings
+from cluster.cli.exit_codes import ExitCode
 from cluster.cli.load_settings import loads_a_model
 from cluster.cli.settings import DEFAULTS
 from cluster.errors import ServiceError
@@ -19,7 +20,6 @@ from homer.errors import PromptError
 from homer.load_options import LoadOptions
 from homer.shape import UNCALIBRATED
 
-EXIT_INTERRUPTED = 130
 # A coordinator that dies is back in about five seconds.
 OWN_RETRIES = 5
 
@@ -28,6 +28,7 @@ OWN_RETRIES = 5
 def generate(
     *,
     load: LoadOptions,
+    command: typer.Context,
     context: Annotated[str, typer.Option(help="File with the document; - is stdin.")],
     question: Annotated[str, typer.Option(help="The question; it comes after the document.")],
     prefix: Annotated[str, typer.Option(help="Comes before the document.")] = "",
@@ -48,9 +49,7 @@ def generate(
         list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answer.", min=0)] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, no progress.")
-    ] = False,
+    as_json: settings.AsJson = False,
     retries: Annotated[
         int | None,
         typer.Option(
@@ -78,8 +77,7 @@ def generate(
 
     The answer goes to stdout, progress to stderr.
     """
-    if (model is None) == (server is None):
-        raise typer.BadParameter("give either --model or --server")
+    model, server = settings.model_or_server(command, model, server)
     from cluster.options import ServeOptions
 
     document = _read(context)
@@ -133,7 +131,7 @@ def generate(
             _ask(server or "", retries, request, view, as_json)
     except KeyboardInterrupt:
         typer.echo("homer: cancelled", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
 def _read(context: str) -> str:

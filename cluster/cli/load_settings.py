@@ -56,8 +56,7 @@ def loads_a_model(*, device: bool) -> Callable[[Callable[..., None]], Callable[.
 
 
 def _parameter(name: str, kind: Any, default: Any, text: str) -> inspect.Parameter:
-    flag = [f"--{name.replace('_', '-')}"] if kind is bool else []
-    option = typer.Option(*flag, help=f"{text[0].upper()}{text[1:]}.", rich_help_panel=_PANEL)
+    option = typer.Option(help=f"{text[0].upper()}{text[1:]}.", rich_help_panel=_PANEL)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )

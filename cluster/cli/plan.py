@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.cli.settings import (
+    AsJson,
     FanIn,
     MaxChunkLen,
     MaxInitialChunkLen,
@@ -54,8 +55,8 @@ def plan(
     fan_in: FanIn = None,
     score: Score = None,
     paper: Paper = False,
-    tree: Annotated[bool, typer.Option("--tree", help="Print every node.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    tree: Annotated[bool, typer.Option(help="Print every node.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show how a prompt would be cut, merged and pruned, and what that costs."""
     dimensions = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, cast
 
 import typer
@@ -58,6 +59,7 @@ def serve(
     log_format: settings.LogFormat = DEFAULTS.log_format,
     metrics_port: settings.MetricsPort = DEFAULTS.metrics_port,
     otlp_endpoint: settings.OtlpEndpoint = DEFAULTS.otlp_endpoint,
+    as_json: settings.AsJson = False,
     max_chunk_len: settings.MaxChunkLen = None,
     target_len: settings.TargetLen = None,
     warmup_layers: settings.WarmupLayers = None,
@@ -125,7 +127,11 @@ def serve(
             running_service(placed) as service,
         ):
             # On stdout and in one line, for scripts that wait for it.
-            typer.echo(f"homer serves {model} at {service} with {len(options.initial)} worker(s)")
+            count = len(options.initial)
+            if as_json:
+                typer.echo(json.dumps({"model": model, "address": service, "workers": count}))
+            else:
+                typer.echo(f"homer serves {model} at {service} with {count} worker(s)")
             try:
                 watch_service(name, lambda news: typer.echo(f"homer: {news}", err=True))
             except KeyboardInterrupt:

@@ -30,7 +30,9 @@ _COMPRESSION = "Compression (by default what homer.json beside the model says)"
 Workers = Annotated[int, typer.Option(help="Worker processes.", min=1, rich_help_panel=_CLUSTER)]
 Cpu = Annotated[
     bool,
-    typer.Option("--cpu", help="Compute on the CPU; else one GPU each.", rich_help_panel=_CLUSTER),
+    typer.Option(
+        "--cpu/--no-cpu", help="Compute on the CPU; else one GPU each.", rich_help_panel=_CLUSTER
+    ),
 ]
 Threads = Annotated[
     int,
@@ -42,6 +44,16 @@ Address = Annotated[
         help="A running Ray cluster to use (host:port, or auto); else one is started here.",
         envvar="RAY_ADDRESS",
         rich_help_panel=_CLUSTER,
+    ),
+]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json/--no-json",
+        help="Results on stdout as JSON, for scripts.",
+        # One variable for all commands.
+        envvar="HOMER_JSON",
+        allow_from_autoenv=False,
     ),
 ]
 DEFAULT_SERVER = f"{DEFAULTS.host}:{DEFAULTS.port}"
@@ -103,7 +115,10 @@ PlacementTimeout = Annotated[
 ]
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def _mapping(text: str | dict[str, Any]) -> dict[str, Any]:
+    # A configuration file has a table.
+    if isinstance(text, dict):
+        return text
     try:
         read = json.loads(text)
     except json.JSONDecodeError as error:
@@ -270,8 +285,28 @@ Score = Annotated[
 ]
 Paper = Annotated[
     bool,
-    typer.Option("--paper", help="The authors' method.", rich_help_panel=_COMPRESSION),
+    typer.Option("--paper/--no-paper", help="The authors' method.", rich_help_panel=_COMPRESSION),
 ]
+
+
+def model_or_server(
+    command: typer.Context, model: str | None, server: str | None
+) -> tuple[str | None, str | None]:
+    """The one of both that is given; of two, that which comes before the other's place.
+
+    Raises
+    ------
+    typer.BadParameter
+        Where none is given, or both in one place.
+    """
+    if model is not None and server is not None:
+        # The command line goes before variables, and these before the configuration file.
+        of_model, of_server = map(command.get_parameter_source, ("model", "server"))
+        if of_model is not None and of_server is not None and of_model != of_server:
+            return (model, None) if of_model.value < of_server.value else (None, server)
+    if (model is None) == (server is None):
+        raise typer.BadParameter("give either --model or --server")
+    return model, server
 
 
 def overrides(paper: bool, **given: Any) -> CompressionOverrides:

@@ -16,8 +16,8 @@ TABLE_COLUMNS = 160
 
 def status(
     server: settings.Server = settings.DEFAULT_SERVER,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
+    as_json: settings.AsJson = False,
+    watch: Annotated[bool, typer.Option(help="Go on until Ctrl-C.")] = False,
     interval: Annotated[
         float, typer.Option(help="Seconds between two looks with --watch.", min=0.1)
     ] = 1.0,

@@ -18,6 +18,7 @@ def trace(
     ],
     server: settings.Server = settings.DEFAULT_SERVER,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("trace.json"),
+    as_json: settings.AsJson = False,
 ) -> None:
     """Write the timeline of one request, running or of the last 256, as a Chrome/Perfetto trace.
 
@@ -32,7 +33,17 @@ def trace(
         out.write_text(json.dumps(chrome_trace(answer)) + "\n", encoding="utf-8")
     except OSError as error:
         raise PromptError(f"cannot write {out}: {error.strerror}; choose another --out") from error
-    workers = {one.worker for one in answer.slices}
+    workers = sorted({one.worker for one in answer.slices})
+    if as_json:
+        told = {
+            "file": str(out),
+            "request_id": answer.request_id,
+            "outcome": answer.outcome or "running",
+            "slices": len(answer.slices),
+            "workers": workers,
+        }
+        typer.echo(json.dumps(told))
+        return
     typer.echo(
         f"{out}: request {answer.request_id} ({answer.outcome or 'running'}), "
         f"{len(answer.slices)} slices on {len(workers)} worker(s); open it at "
