@@ -25,8 +25,9 @@ from statistics import median
 
 from cluster.active import Active
 from cluster.members import Member, Members
-from cluster.run import JobRun, Try, Unit
+from cluster.run import JobRun
 from cluster.scheduler_options import SchedulerOptions
+from cluster.units import Try, Unit
 
 # What a request without anything in hand may take through a worker's last place.
 SMALL_PIECE_LEAVES = 4

@@ -11,7 +11,7 @@ from cluster.assign import JobPace, adrift, allowed, choose, may_run, slow_tries
 from cluster.core import Core
 from cluster.members import Member
 from cluster.node_calls import NodeCalls
-from cluster.run import Unit
+from cluster.units import Unit
 
 # How many idle workers are asked again, when a request gets on, about pieces that they left to
 # others before. Now and then all are (`use_idle`).

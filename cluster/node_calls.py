@@ -18,7 +18,8 @@ from cluster.core import Core, StalledError
 from cluster.errors import PeerCallError, WorkerCallError, WorkerLostError
 from cluster.job import MergeDone, NodeDone
 from cluster.members import Member
-from cluster.run import JobRun, Started, Try
+from cluster.run import JobRun
+from cluster.units import Started, Try
 from homer.errors import HomerError
 from homer.plan import NodeId
 

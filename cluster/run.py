@@ -1,64 +1,20 @@
 """One pass of a job from its pieces to its root: what is done, where it lies, what is next.
 
-A *unit* is a node of the plan as the scheduler sees it: a piece (a subtree that is handed out
-whole) or a merge above the pieces. Its result lies on its *home*, the worker that ran it: the state
-stays there until the job ends, so when a worker is lost exactly the units whose home it was are run
-again, in dependency order. Pure bookkeeping by workers' names. Knows nothing about asyncio, and
-calls no worker.
+A unit's result lies on its *home*, the worker that ran it: the state stays there until the job
+ends, so when a worker is lost exactly the units whose home it was are run again, in dependency
+order. Pure bookkeeping by workers' names. Knows nothing about asyncio, and calls no worker.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from math import log2
 
 from cluster.cut import Pace, PieceQueue, PlanIndex, cut_plan
 from cluster.job import Job
+from cluster.units import Started, Try, Unit
 from homer.plan import NodeId, PlanNode
-
-
-@dataclass(eq=False)
-class Try:
-    """One run of a unit on a worker; it counts as long as it is among the unit's tries."""
-
-    unit: Unit
-    worker: str
-    attempt: int
-    started: float
-    work_done: int = 0
-
-    @property
-    def node(self) -> NodeId:
-        return self.unit.node.id
-
-
-@dataclass(eq=False)
-class Unit:
-    """A piece or a merge. `waiting` counts the children that are not done."""
-
-    node: PlanNode
-    order: int
-    piece: bool
-    waiting: int
-    home: str | None = None
-    kept: Sequence[int] | None = None
-    holders: set[str] = field(default_factory=set)
-    attempt: int = 0
-    tries: dict[str, Try] = field(default_factory=dict)
-    # Where it failed, and how often; how many workers were lost while they ran it.
-    avoid: set[str] = field(default_factory=set)
-    faults: int = 0
-    losses: int = 0
-
-
-@dataclass(frozen=True)
-class Started:
-    """A try, and where a merge's children are."""
-
-    attempt: Try
-    children: tuple[tuple[NodeId, str], ...] = ()
 
 
 class JobRun:

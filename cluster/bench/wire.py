@@ -1,14 +1,16 @@
 """The bytes that one request moves between workers, beside the least that must travel.
 
-The least is what even shares of neighbouring leaves cannot do without (`fair_split`): the states
-that go from one worker to another, and every surviving KV row that the root's worker does not have,
-once. Knows nothing about how bytes travel.
+The least is what shares of neighbouring leaves cannot do without (`fair_split`): the states that go
+from one worker to another, and every surviving KV row that the root's worker does not have, once.
+How large the shares are is not a matter of bytes: each is what its worker got done of the leaves,
+which is uneven where workers compete for processors. Knows nothing about how bytes travel.
 """
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -95,7 +97,7 @@ async def _one_request(
         tokens=tokens,
         workers=len(clients),
         sent=sent,
-        state_least=least_states(job.plan, shape, len(clients)),
+        state_least=least_states(job.plan, shape, leaf_work(job.plan, homes)),
         row_least=rows_elsewhere(job.plan, homes, kept) * shape.kv_bytes_per_row,
         states_moved=len(moved),
         moved_state_bytes=sum(state_bytes(job.plan, node, shape) for node in moved),
@@ -107,10 +109,18 @@ async def _sent(clients: Sequence[WorkerClient]) -> int:
     return sum(one.sent_bytes for one in stats)
 
 
-def least_states(plan: MergePlan, shape: ModelShape, workers: int) -> int:
-    """The fewest bytes of states that travel when `workers` share the plan evenly."""
+def leaf_work(plan: MergePlan, homes: Mapping[NodeId, str]) -> list[int]:
+    """Tokens times layers of the leaves that each worker ran."""
+    work: Counter[str] = Counter()
+    for leaf in plan.leaves:
+        work[homes[leaf.id]] += leaf.context_in * (leaf.layer_end - leaf.layer_start)
+    return list(work.values())
+
+
+def least_states(plan: MergePlan, shape: ModelShape, parts: Sequence[float]) -> int:
+    """The fewest bytes of states that travel when workers share the plan as `parts` says."""
     states = {node.id: state_bytes(plan, node, shape) for node in plan.nodes}
-    return least_bytes(plan, states, workers)
+    return least_bytes(plan, states, parts)
 
 
 def states_moved(plan: MergePlan, homes: Mapping[NodeId, str]) -> list[PlanNode]:

@@ -110,7 +110,7 @@ def outcome(tokens: int, speeds: Sequence[float], jitter: float, seed: int) -> O
         assert isinstance(summary, JobSummary)
         rows = rows_elsewhere(plan, homes, ready.context_indices) * SHAPE.kv_bytes_per_row
         moved = sum(state_bytes(plan, node, SHAPE) for node in states_moved(plan, homes))
-        least = least_states(plan, SHAPE, len(speeds))
+        least = least_states(plan, SHAPE, [1.0] * len(speeds))
         even = sum(worker.busy_seconds * worker.speed for worker in pool) / sum(speeds)
         stages = summary.seconds
         return Outcome((rows + moved) / (rows + least), (stages.leaves + stages.merges) / even)
@@ -150,7 +150,7 @@ def test_the_least_is_that_of_shares_that_are_as_even_as_leaves_allow() -> None:
     def states(leaves: int, workers: int) -> int:
         plan = MergePlan.build(2, 10 * leaves, 3, 16, config)
         assert len(plan.leaves) == leaves
-        return least_bytes(plan, {node.id: 1 for node in plan.nodes}, workers)
+        return least_bytes(plan, {node.id: 1 for node in plan.nodes}, [1.0] * workers)
 
     # Whole subtrees: a state less than there are workers.
     assert [states(16, workers) for workers in (1, 2, 4, 8, 16, 20)] == [0, 1, 3, 7, 15, 15]
@@ -158,3 +158,14 @@ def test_the_least_is_that_of_shares_that_are_as_even_as_leaves_allow() -> None:
     assert states(3, 2) == 1
     # Thirds of sixteen leaves are no subtrees: 6, 5 and 5, or 5, 6 and 5.
     assert states(16, 3) > 2
+
+
+def test_the_least_is_that_of_workers_as_fast_as_they_are_in_their_best_order() -> None:
+    config = HomerConfig(max_chunk_len=15, target_len=15, warmup_layers=1, fan_in=2)
+    plan = MergePlan.build(2, 160, 3, 16, config)
+    states = {node.id: 1 for node in plan.nodes}
+    # A half and two quarters are whole subtrees only where the half is at one end.
+    for parts in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        assert least_bytes(plan, states, parts) == 2
+    # Five eighths and three eighths are not.
+    assert least_bytes(plan, states, (5, 3)) == 2
