@@ -23,8 +23,8 @@ def calibrate(
     text: Annotated[
         list[Path],
         typer.Option(
-            help="File with text: .jsonl is JSON lines, .pdf is PDF, all else is plain text. Give "
-            "the option again for more files."
+            help="File with text: .jsonl is JSON lines, .html and .pdf are what they say, all else "
+            "is plain text. Give the option again for more files."
         ),
     ],
     field: Annotated[str, typer.Option(help="Field of JSON lines that holds the text.")] = "text",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import uuid
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +14,7 @@ from cluster.cli.exit_codes import ExitCode
 from cluster.cli.load_settings import loads_a_model
 from cluster.cli.settings import DEFAULTS
 from cluster.errors import ServiceError
-from homer.errors import PromptError
+from homer.documents import read_document
 from homer.load_options import LoadOptions
 from homer.shape import UNCALIBRATED
 
@@ -29,7 +27,7 @@ def generate(
     *,
     load: LoadOptions,
     command: typer.Context,
-    context: Annotated[str, typer.Option(help="File with the document; - is stdin.")],
+    context: settings.Context,
     question: Annotated[str, typer.Option(help="The question; it comes after the document.")],
     prefix: Annotated[str, typer.Option(help="Comes before the document.")] = "",
     model: Annotated[
@@ -80,7 +78,7 @@ def generate(
     model, server = settings.model_or_server(command, model, server)
     from cluster.options import ServeOptions
 
-    document = _read(context)
+    document = read_document(context)
     compression = settings.overrides(
         paper,
         max_chunk_len=max_chunk_len,
@@ -132,19 +130,6 @@ def generate(
     except KeyboardInterrupt:
         typer.echo("homer: cancelled", err=True)
         raise typer.Exit(ExitCode.INTERRUPTED) from None
-
-
-def _read(context: str) -> str:
-    try:
-        raw = sys.stdin.buffer.read() if context == "-" else Path(context).read_bytes()
-        document = raw.decode("utf-8")
-    except OSError as error:
-        raise PromptError(f"cannot read the document {context}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(f"the document {context} is not UTF-8 text: {error}") from error
-    if not document:
-        raise PromptError(f"the document {context} is empty")
-    return document
 
 
 def _start(stack: ExitStack, address: str | None, options: Any) -> str:

@@ -56,6 +56,14 @@ AsJson = Annotated[
         allow_from_autoenv=False,
     ),
 ]
+Context = Annotated[
+    str,
+    typer.Option(
+        help="File with the document: text, Markdown, HTML or PDF; - is stdin.",
+        # Shells complete files where a completion gives none.
+        metavar="<path>",
+    ),
+]
 DEFAULT_SERVER = f"{DEFAULTS.host}:{DEFAULTS.port}"
 Server = Annotated[str, typer.Option(help="The running service: host:port.")]
 WireDtype = Annotated[

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from homer.documents import read_documents
+from homer.documents import extract_text, read_document, read_documents
 from homer.errors import ConfigError, PromptError
 
 WORDS = "The mill was quiet."
@@ -45,6 +45,43 @@ def test_text_json_lines_and_pdf_are_read_one_after_the_other(tmp_path: Path) ->
     assert text == f"One näive line.\nTwo.\nThree\nfour.\n{WORDS}"
 
 
+PAGE = """<!DOCTYPE html><html><head><meta charset="{charset}"><title>No part of it</title>
+<script>var no = 1</script><style>p {{}}</style></head><body><h1>Über mills</h1>
+<p>The mill was <b>quiet</b> &amp; <a href="http://elsewhere">small</a>.</p>
+<ul><li>one<li>two</ul><!-- never --></body></html>"""
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "iso-8859-1"])
+def test_of_html_is_read_what_a_browser_shows(charset: str, tmp_path: Path) -> None:
+    raw = PAGE.format(charset=charset).encode(charset)
+    (tmp_path / "page.HTM").write_bytes(raw)
+    text = read_document(tmp_path / "page.HTM")
+    assert [line.strip() for line in text.split("\n") if line.strip()] == [
+        "Über mills",
+        "The mill was quiet & small.",
+        "* one",
+        "* two",
+    ]
+    assert extract_text(raw, "a name that says nothing") == text
+    # UTF-8 needs no word of it.
+    assert "naïve" in extract_text("<html><p>naïve".encode(), "stdin")
+
+
+def test_without_a_telling_name_the_content_says_what_a_document_is(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", WORDS)
+    raw = (tmp_path / "a.pdf").read_bytes()
+    assert extract_text(raw, "stdin") == WORDS
+    assert extract_text(b"\xef\xbb\xbf# Mills\n", "stdin") == "# Mills\n"
+    # A name goes before the content.
+    assert extract_text(PAGE.encode(), "page.txt") == PAGE
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"<html><body></body></html>"])
+def test_a_document_with_nothing_in_it_is_refused(content: bytes) -> None:
+    with pytest.raises(PromptError, match="the document stdin is empty"):
+        extract_text(content, "stdin")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -70,17 +107,17 @@ def test_a_scan_is_refused(tmp_path: Path) -> None:
         read_documents([tmp_path / "scan.pdf"])
 
 
-def test_without_its_reader_a_pdf_is_refused_with_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("package", "extra"), [("pypdf", "pdf"), ("inscriptis", "html")])
+def test_without_its_reader_a_document_is_refused_with_what_to_install(
+    package: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_pdf(tmp_path / "a.pdf", WORDS)
     really = builtins.__import__
 
-    def without_pypdf(name: str, *more: Any) -> Any:
-        if name.startswith("pypdf"):
+    def without(name: str, *more: Any) -> Any:
+        if name.startswith(package):
             raise ImportError(name)
         return really(name, *more)
 
-    monkeypatch.setattr(builtins, "__import__", without_pypdf)
-    with pytest.raises(ConfigError, match=r"pip install 'homer-context\[pdf\]'"):
-        read_documents([tmp_path / "a.pdf"])
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ConfigError, match=rf"pip install 'homer-context\[{extra}\]'"):
+        extract_text(b"", f"a.{extra}")
