@@ -11,8 +11,6 @@ import re
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import prometheus_client
@@ -25,45 +23,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.async_client import AsyncHomerClient
 from cluster.client_wire import MAX_MESSAGE_BYTES, Event
 from cluster.errors import ServiceError
-from cluster.http.answers import Answer, Kind
+from cluster.http.asking import Served
 from cluster.http.bodies import ChatBody, CompletionBody
-from cluster.http.chat import PromptBuilder
 from cluster.http.errors import HttpError
-from cluster.text import PromptIds, PromptTokenizer
 from homer import __version__
-from homer.errors import ModelError, PromptError
-from homer.v1 import long_context_pb2 as pb
+from homer.errors import PromptError
 
 HEALTH_SECONDS = 5.0
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,100}")
-
-
-@dataclass(frozen=True)
-class Served:
-    """What the service behind the door serves."""
-
-    name: str
-    info: pb.GetServerInfoResponse
-    prompts: PromptBuilder
-
-    @classmethod
-    def of(cls, info: pb.GetServerInfoResponse, name: str) -> Served:
-        """Named `name`; by default a model id as it is, and a folder by its last part.
-
-        Raises
-        ------
-        ModelError
-            When the model has no tokenizer.
-        """
-        tokenizer = PromptTokenizer.load(info.model)
-        if tokenizer is None:
-            raise ModelError(
-                f"the model {info.model} has no tokenizer, which the HTTP door needs; put its "
-                "tokenizer files beside it"
-            )
-        folder = Path(info.model)
-        name = name or (folder.resolve().name if folder.is_dir() else info.model)
-        return cls(name, info, PromptBuilder(tokenizer, info.max_chunk_len))
 
 
 class HttpDoor:
@@ -106,46 +73,15 @@ class HttpDoor:
     async def close(self) -> None:
         await self._client.close()
 
-    async def answer(
-        self, kind: Kind, body: ChatBody | CompletionBody, headers: Mapping[str, str]
-    ) -> Response:
+    async def answer(self, body: ChatBody | CompletionBody, headers: Mapping[str, str]) -> Response:
         """Answer one request, at once or as a stream."""
         served = await self.served()
-        if body.model not in (served.name, served.info.model):
-            raise HttpError(
-                404,
-                f"the model {body.model!r} does not exist; this service has {served.name!r}",
-                code="model_not_found",
-                param="model",
-            )
-        ids = await asyncio.to_thread(_prompt, served, body)
-        longest = served.info.max_context_tokens
-        if len(ids.context) > longest:
-            raise HttpError(
-                400,
-                f"the document has {len(ids.context)} tokens; this service takes at most {longest}",
-                code="context_length_exceeded",
-                param="messages" if kind == "chat" else "prompt",
-            )
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
-        answer = Answer(
-            kind,
-            ("chatcmpl-" if kind == "chat" else "cmpl-") + request_id,
-            served.name,
-            body.homer.return_kept_indices,
-        )
-        events = self._client.generate(
-            prefix=ids.prefix,
-            context=ids.context,
-            question=ids.suffix,
-            request_id=request_id,
-            sampling=body.sampling,
-            compression=body.homer.compression,
-            return_kept_indices=body.homer.return_kept_indices,
-            priority=body.homer.priority,
-        )
+        asked = await asyncio.to_thread(served.asked, body, request_id)
+        answer = asked.answer
+        events = self._client.generate(**asked.request)
         extra = {"X-Request-Id": request_id}
         if not body.stream:
             async with aclosing(events):
@@ -204,11 +140,11 @@ def build_http(door: HttpDoor, max_body_bytes: int = MAX_MESSAGE_BYTES) -> FastA
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        return await door.answer("chat", body, request.headers)
+        return await door.answer(body, request.headers)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        return await door.answer("completion", body, request.headers)
+        return await door.answer(body, request.headers)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -291,19 +227,6 @@ class Counted:
             await send(message)
 
         await self._app(scope, receive, counted if scope["type"] == "http" else send)
-
-
-def _prompt(served: Served, body: ChatBody | CompletionBody) -> PromptIds:
-    if isinstance(body, ChatBody):
-        if body.homer.prefix is not None or body.homer.question is not None:
-            raise HttpError(
-                400,
-                "prefix and question are for completions; in a chat they are the system message "
-                "and the last content part",
-                param="homer",
-            )
-        return served.prompts.chat(body.messages, body.chat_template_kwargs)
-    return served.prompts.completion(body.prompt, body.homer.prefix, body.homer.question)
 
 
 def _model(served: Served) -> dict[str, Any]:
