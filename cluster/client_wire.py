@@ -1,4 +1,4 @@
-"""What the clients of `homer.v1.LongContext` share: events, errors and channel settings.
+"""What the clients of `homer.v1.LongContext` share: events, errors, channel settings.
 
 Knows nothing about whether its caller waits or awaits.
 """
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.json_format import MessageToDict
 
 from cluster.errors import ServiceError
 from cluster.retry import RETRY_AFTER
@@ -48,6 +49,20 @@ def _service_error(error: grpc.RpcError, address: str) -> ServiceError:
     if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
         details = f"no Homer service answers at {address} ({details})"
     return ServiceError(code.name, details, _retry_after(call))
+
+
+def summary_to_json(summary: pb.Summary) -> dict[str, Any]:
+    """A summary as JSON: the fields of `homer.v1.Summary` by their names, zeros included."""
+    fields: dict[str, Any] = MessageToDict(
+        summary,
+        preserving_proto_field_name=True,
+        always_print_fields_with_no_presence=True,
+    )
+    # JSON from protobuf writes 64-bit integers as text.
+    for name in ("prompt_tokens", "moved_bytes"):
+        fields[name] = int(fields[name])
+    fields["finish_reason"] = fields["finish_reason"].removeprefix("FINISH_REASON_").lower()
+    return fields
 
 
 def _retry_after(call: Any) -> float | None:

@@ -15,6 +15,7 @@ class ExitCode(IntEnum):
     FAILED = 1
     MISTAKE = 2
     NO_SERVICE = 3
+    LINES_FAILED = 4
     INTERRUPTED = 130
 
 
@@ -23,6 +24,7 @@ MEANINGS = {
     ExitCode.FAILED: "the service, the machine or a check of `homer doctor` failed",
     ExitCode.MISTAKE: "a mistake in the command, a file or the request: change it",
     ExitCode.NO_SERVICE: "no service answers, or it has no room now: try again later",
+    ExitCode.LINES_FAILED: "`homer batch` came to its end, and some lines have no answer",
     ExitCode.INTERRUPTED: "ended by Ctrl-C or SIGTERM",
 }
 

@@ -142,6 +142,7 @@ def _start(stack: ExitStack, address: str | None, options: Any) -> str:
 def _ask(server: str, retries: int, request: dict[str, Any], view: Any, as_json: bool) -> None:
     from cluster.cli.progress import describe_summary
     from cluster.client import HomerClient
+    from cluster.client_wire import summary_to_json
     from homer.v1 import long_context_pb2 as pb
 
     told, warned = 0, False
@@ -166,19 +167,3 @@ def _ask(server: str, retries: int, request: dict[str, Any], view: Any, as_json:
                     view.status(describe_summary(event))
                     return
     raise ServiceError("DATA_LOSS", "the service ended the answer before its summary")
-
-
-def summary_to_json(summary: Any) -> dict[str, Any]:
-    """A summary as JSON: the fields of `homer.v1.Summary` by their names, zeros included."""
-    from google.protobuf.json_format import MessageToDict
-
-    fields = MessageToDict(
-        summary,
-        preserving_proto_field_name=True,
-        always_print_fields_with_no_presence=True,
-    )
-    # JSON from protobuf writes 64-bit integers as text.
-    for name in ("prompt_tokens", "moved_bytes"):
-        fields[name] = int(fields[name])
-    fields["finish_reason"] = fields["finish_reason"].removeprefix("FINISH_REASON_").lower()
-    return fields
