@@ -72,6 +72,7 @@ class Active:
         }
         self.moved_bytes = 0
         self.nodes_by_worker: Counter[str] = Counter()
+        self.evidence: dict[NodeId, tuple[str, NodeDone]] = {}
         self._make_run = make_run
         self._finished: set[NodeId] = set()
         self._leaves_done = 0
@@ -119,10 +120,13 @@ class Active:
                 self.times.leaves = now
         if done.node == self.job.plan.root.id:
             self.times.root = now
+        node = self.job.plan.by_id[done.node]
         self.events.put_nowait(
             JobProgress(
                 done=done,
                 worker=worker,
+                context_start=node.context_start,
+                context_end=node.context_end,
                 leaves_done=self._leaves_done,
                 leaves_total=self._leaves_total,
                 merges_done=len(self._finished) - self._leaves_done,
@@ -155,4 +159,5 @@ class Active:
             ),
             moved_bytes=self.moved_bytes,
             nodes_by_worker=dict(self.nodes_by_worker),
+            evidence=self.evidence,
         )

@@ -41,6 +41,9 @@ class ClientRequest:
         Fields of `homer.HomerConfig` that override the service's settings.
     return_kept_indices : bool
         Ask for the context indices that survived, in the summary.
+    return_evidence : bool
+        Ask for what survived at each node of the tree, and for the passages that the answer is from,
+        in the summary's `evidence`; `cluster.evidence.kept_of` reads what a node kept.
     priority : int
         From -8 to 8: higher ones start first and get a larger share of the workers.
     timeout_seconds : float, optional
@@ -59,6 +62,7 @@ class ClientRequest:
     sampling: Mapping[str, Any] | None = None
     compression: Mapping[str, Any] | None = None
     return_kept_indices: bool = False
+    return_evidence: bool = False
     priority: int = 0
     timeout_seconds: float | None = None
 
@@ -86,6 +90,7 @@ class ClientRequest:
             sampling=sampling,
             compression=compression_to_wire(self.compression or {}),
             return_kept_indices=self.return_kept_indices,
+            return_evidence=self.return_evidence,
             priority=self.priority,
         )
         prefix: Any = self.prefix if len(self.prefix) else None

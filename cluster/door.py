@@ -5,6 +5,7 @@ Translates messages and errors. Knows nothing about scheduling or Ray.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -21,6 +22,7 @@ from cluster.errors import (
     WorkerCallError,
     WorkerLostError,
 )
+from cluster.evidence import evidence_of
 from cluster.info_wire import server_info, trace_to_wire
 from cluster.job import CacheReady, JobProgress, Sampling
 from cluster.retry import RETRY_AFTER
@@ -69,7 +71,13 @@ class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
                 cast(Any, self._service.generate(request_from_wire(request)))
             ) as events:
                 async for event in events:
-                    await context.write(event_to_wire(event, with_indices))
+                    message = event_to_wire(event, with_indices)
+                    if isinstance(event, Finished) and request.return_evidence:
+                        evidence = await asyncio.to_thread(
+                            evidence_of, event.job, event.summary, event.document
+                        )
+                        message.summary.evidence.CopyFrom(evidence)
+                    await context.write(message)
         except HomerError as error:
             code = wire_code(error)
             _log.warning("answered with %s: %s", code.name, error)
@@ -206,6 +214,7 @@ def request_from_wire(request: pb.GenerateRequest) -> Request:
         stop=list(request.sampling.stop),
         compression=compression_from_wire(request.compression),
         priority=request.priority,
+        return_evidence=request.return_evidence,
     )
 
 
@@ -261,6 +270,7 @@ def event_to_wire(event: ServiceEvent, with_indices: bool) -> pb.GenerateRespons
                     merges=len(plan.merges),
                     subtrees=subtrees,
                     uncalibrated=uncalibrated,
+                    level_nodes=plan.level_nodes,
                 )
             )
         case JobProgress(done):
@@ -277,6 +287,8 @@ def event_to_wire(event: ServiceEvent, with_indices: bool) -> pb.GenerateRespons
                     context_tokens_in=done.context_in,
                     context_tokens_out=done.context_out,
                     seconds=done.seconds,
+                    context_start=event.context_start,
+                    context_end=event.context_end,
                 )
             )
         case CacheReady():

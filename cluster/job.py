@@ -6,7 +6,7 @@ simulated ones alike. Knows nothing about Ray, gRPC or tensors.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -51,7 +51,8 @@ class Job:
     """One request: a plan and the token ids that it is for.
 
     Of two requests that wait, the one of higher `priority` goes first; each also rises with its
-    age. Workers may report finished nodes together, up to `report_seconds` after each other.
+    age. Workers may report finished nodes together, up to `report_seconds` after each other. Where
+    `with_evidence` is set they tell which tokens each node kept.
     """
 
     request_id: str
@@ -64,11 +65,16 @@ class Job:
     # What traces it, where something does.
     spans: JobSpans | None = field(default=None, compare=False, repr=False)
     report_seconds: float = 0.0
+    with_evidence: bool = False
 
 
 @dataclass(frozen=True)
 class NodeDone:
-    """A worker finished a node, in `seconds` of its own clock from `started_unix_seconds` on."""
+    """A worker finished a node, in `seconds` of its own clock from `started_unix_seconds` on.
+
+    `kept_runs`, where asked for, are the context tokens that it keeps: lengths of runs, in turn
+    dropped and kept, from the start of its span on.
+    """
 
     node: NodeId
     context_in: int
@@ -76,6 +82,7 @@ class NodeDone:
     seconds: float
     # By the worker's clock; 0 where it was not told.
     started_unix_seconds: float = field(default=0.0, kw_only=True)
+    kept_runs: Sequence[int] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,9 @@ class JobProgress:
 
     done: NodeDone
     worker: str
+    # The part of the context below the node.
+    context_start: int
+    context_end: int
     leaves_done: int
     leaves_total: int
     merges_done: int
@@ -160,6 +170,8 @@ class JobSummary:
     seconds: StageSeconds
     moved_bytes: int
     nodes_by_worker: dict[str, int]
+    # With evidence: of each node the result that counts, and the worker that it came from.
+    evidence: Mapping[NodeId, tuple[str, NodeDone]] = field(default_factory=dict)
 
 
 JobEvent = JobProgress | CacheReady | TokenOut | JobSummary

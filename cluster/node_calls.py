@@ -63,6 +63,7 @@ class NodeCalls:
 
     async def _run(self, active: Active, member: Member, started: Started) -> None:
         run, attempt, kept = active.run, started.attempt, None
+        evidence: dict[NodeId, tuple[str, NodeDone]] = {}
         events = (
             member.client.run_subtree(run.job, attempt.node, attempt.attempt)
             if attempt.unit.piece
@@ -76,11 +77,15 @@ class NodeCalls:
                     if isinstance(done, MergeDone):
                         active.moved_bytes += done.received_bytes
                         kept = done.context_indices
+                    if active.job.with_evidence:
+                        evidence[done.node] = member.name, done
                     run.progressed(attempt, done.node)
                     self._count(active, member, done)
         except Exception as error:
             await self._failed(active, member, attempt, error)
             return
+        if run.is_current(attempt):
+            active.evidence.update(evidence)
         self._done(active, member, attempt, kept)
 
     async def _merge(

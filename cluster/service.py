@@ -26,7 +26,7 @@ from cluster.job import (
 from cluster.scheduler import Scheduler
 from cluster.seeing import Seeing
 from cluster.stop_text import StopText
-from cluster.text import PromptIds, PromptTokenizer
+from cluster.text import LocatedText, PromptIds, PromptTokenizer
 from homer.config import HomerConfig
 from homer.errors import ModelError, PromptError
 from homer.plan import MergePlan
@@ -67,6 +67,7 @@ class Request:
     stop: Sequence[str] = ()
     compression: Mapping[str, Any] = field(default_factory=dict)
     priority: int = 0
+    return_evidence: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,14 @@ class TokenText:
 
 @dataclass(frozen=True)
 class Finished:
-    """The whole answer."""
+    """The whole answer; `document` is there where evidence was asked for of a text."""
 
     request_id: str
     job: Job
     summary: JobSummary
     token_ids: Sequence[int]
     text: str
+    document: LocatedText | None = None
 
 
 ServiceEvent = Accepted | JobProgress | CacheReady | TokenText | Finished
@@ -185,7 +187,9 @@ class LongContextService:
                             event = replace(
                                 event, generated_tokens=len(token_ids), finish_reason="stop"
                             )
-                        yield Finished(request_id, job, event, token_ids, "".join(pieces))
+                        whole = "".join(pieces)
+                        document = await asyncio.to_thread(self._document, request)
+                        yield Finished(request_id, job, event, token_ids, whole, document)
                     case _:
                         yield event
 
@@ -250,7 +254,15 @@ class LongContextService:
             spans=self.seeing.spans(job_id, plan),
             # All workers together report no more than a few hundred times a second.
             report_seconds=REPORT_SECONDS_PER_WORKER * len(self.scheduler.workers),
+            with_evidence=request.return_evidence,
         )
+
+    def _document(self, request: Request) -> LocatedText | None:
+        """Where the document's tokens are, for the evidence; asked for when the answer is there."""
+        prompt = request.prompt
+        if not request.return_evidence or not isinstance(prompt, TextPrompt) or not self._tokenizer:
+            return None
+        return self._tokenizer.locate(prompt.context)
 
     def _tokenize(self, prompt: TextPrompt) -> PromptIds:
         if self._tokenizer is None:

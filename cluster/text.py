@@ -27,6 +27,18 @@ class PromptIds(NamedTuple):
     suffix: list[int]
 
 
+class LocatedText(NamedTuple):
+    """A text, and where each of its tokens starts and ends in it, in characters."""
+
+    text: str
+    starts: Sequence[int]
+    ends: Sequence[int]
+
+    @classmethod
+    def of(cls, text: str, spans: Sequence[tuple[int, int]]) -> LocatedText:
+        return cls(text, [start for start, _ in spans], [end for _, end in spans])
+
+
 class PromptTokenizer:
     """A model's own tokenizer, as `transformers` loads it."""
 
@@ -66,6 +78,12 @@ class PromptTokenizer:
         """Number of tokens of a text, without special tokens."""
         return len(self._ids(text, special=False))
 
+    def locate(self, context: str) -> LocatedText | None:
+        """Where the tokens of a context are; None where the tokenizer does not tell."""
+        if not self._tokenizer.is_fast:
+            return None
+        return LocatedText.of(context, self.context_spans(context))
+
     def context_spans(self, context: str) -> list[tuple[int, int]]:
         """Start and end, in characters, of each context token."""
         encoded = self._tokenizer(
@@ -73,14 +91,18 @@ class PromptTokenizer:
         )
         return [(start, end) for start, end in encoded["offset_mapping"]]
 
-    def ids_and_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of `text`, without special tokens of the tokenizer's own, and the character at
-        which each begins.
+    def ids_and_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text`, without special tokens of the tokenizer's own, and start and end of
+        each in characters.
         """
         encoded = self._tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        return encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]
@@ -92,7 +114,7 @@ class PromptTokenizer:
         PromptError
             When the model has no chat template, or its template refuses these messages.
         """
-        if not self._tokenizer.chat_template:
+        if not self.has_chat_template:
             raise PromptError(
                 "the model has no chat template, so it answers no chats; use completions, or put "
                 "its chat_template.jinja beside it"

@@ -29,6 +29,7 @@ from homer.errors import PromptError
 from homer.plan import NodeId
 from homer.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
 from workers.errors import ERROR_KEY, PEER_KEY
+from workers.kept_runs import write_runs
 from workers.plan_wire import write_node, write_plan
 from workers.transport import CHANNEL_OPTIONS
 
@@ -103,6 +104,7 @@ class GrpcWorkerClient:
             attempt=attempt,
             context_ids=job.context_ids[top.context_start : top.context_end],
             report_seconds=job.report_seconds,
+            report_kept=job.with_evidence,
         )
         with self._errors():
             async for message in self._stub.RunSubtree(
@@ -115,6 +117,7 @@ class GrpcWorkerClient:
                         context_out=done.context_tokens_out,
                         seconds=done.compute_seconds,
                         started_unix_seconds=done.started_unix_seconds,
+                        kept_runs=done.kept_runs,
                     )
 
     async def merge(
@@ -133,6 +136,7 @@ class GrpcWorkerClient:
             done = await self._stub.Merge(
                 request, metadata=job.spans.below(node) if job.spans else None
             )
+        start = job.plan.by_id[node].context_start
         return MergeDone(
             node=node,
             context_in=done.context_tokens_in,
@@ -143,6 +147,7 @@ class GrpcWorkerClient:
             context_indices=done.context_indices,
             started_unix_seconds=done.started_unix_seconds,
             transfer_started_unix_seconds=done.transfer_started_unix_seconds,
+            kept_runs=write_runs(done.context_indices, start) if job.with_evidence else (),
         )
 
     async def prune(

@@ -8,6 +8,7 @@ Reference: HOMER, arXiv 2404.10308, section 3 and appendix; names follow the pap
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,6 +166,12 @@ class MergePlan:
     def merges(self) -> tuple[PlanNode, ...]:
         """The merge nodes in post-order."""
         return tuple(node for node in self.nodes if not node.is_leaf)
+
+    @property
+    def level_nodes(self) -> list[int]:
+        """Number of nodes of each level, from the leaves up."""
+        counts = Counter(node.id.height for node in self.nodes)
+        return [counts[height] for height in range(self.height + 1)]
 
     @property
     def prompt_len(self) -> int:

@@ -21,6 +21,7 @@ from homer.state import NodeState
 from homer.v1 import worker_pb2
 from workers.budget import Budget
 from workers.engine import Engine, LoadedModel
+from workers.kept_runs import write_runs
 from workers.metrics import WorkerMetrics
 from workers.peer import PeerPool
 from workers.plan_wire import write_node
@@ -71,6 +72,7 @@ class Runner:
         node_id: NodeId,
         context_ids: torch.Tensor,
         emit: Callable[[worker_pb2.RunSubtreeResponse], None],
+        report_kept: bool = False,
     ) -> None:
         """Run a subtree depth-first, as `TreeEncoder.run_subtree` does, with a step for each node.
 
@@ -84,7 +86,7 @@ class Runner:
             spare_bytes=footprint.largest_merge(plan),
         )
         with reserved, SubtreeSpans(self.tracing, plan, node_id) as spans:
-            await self._run_nodes(held, node_id, context_ids, emit, spans)
+            await self._run_nodes(held, node_id, context_ids, emit, spans, report_kept)
 
     async def _run_nodes(
         self,
@@ -93,6 +95,7 @@ class Runner:
         context_ids: torch.Tensor,
         emit: Callable[[worker_pb2.RunSubtreeResponse], None],
         spans: SubtreeSpans,
+        report_kept: bool,
     ) -> None:
         held.forget_subtree(node_id)
         encoder = held.encoder
@@ -116,6 +119,7 @@ class Runner:
             done.append(ran.state)
             if node.id == node_id:
                 held.keep(ran.state)
+            kept = ran.state.context_indices.tolist() if report_kept else ()
             emit(
                 worker_pb2.RunSubtreeResponse(
                     node=write_node(node.id),
@@ -123,6 +127,7 @@ class Runner:
                     context_tokens_out=node.context_out,
                     compute_seconds=ran.seconds,
                     started_unix_seconds=ran.started_unix_seconds,
+                    kept_runs=write_runs(kept, node.context_start),
                 )
             )
             del ran

@@ -179,8 +179,11 @@ class WorkerServicer:
                 )
             given = torch.tensor(request.context_ids, dtype=torch.int64)
             ids = self._stack.check_ids("context_ids", given)
-            work = partial(self._worker.run_subtree, held, node.id, ids)
-            following = follow_job(self._store, held, "node", node.id, request.attempt, work)
+            report_kept = request.report_kept
+            work = partial(self._worker.run_subtree, held, node.id, ids, report_kept=report_kept)
+            following = follow_job(
+                self._store, held, "node", node.id, request.attempt, work, report_kept
+            )
             async with aclosing(following) as job:
                 async for event in bundled(job, request.node, request.report_seconds):
                     yield event

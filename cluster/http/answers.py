@@ -5,15 +5,22 @@ Knows nothing about HTTP or where the events come from.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
 from cluster.client_wire import Event
 from cluster.errors import ServiceError
+from cluster.evidence import add_text
+from cluster.http.bodies import HomerOptions
 from cluster.http.errors import HttpError
+from cluster.text import LocatedText
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import sampling_pb2
 
@@ -29,12 +36,16 @@ _FINISH = {
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer in the making: what all of its objects have in common."""
+    """One answer in the making: what all of its objects have in common.
+
+    `document` is what the evidence of a request is about, where that was asked for.
+    """
 
     kind: Kind
     id: str
     model: str
-    with_indices: bool = False
+    options: HomerOptions
+    document: LocatedText | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
@@ -53,7 +64,7 @@ class Answer:
             **self._head(""),
             "choices": [self._choice(message, _FINISH[summary.finish_reason])],
             "usage": usage(summary),
-            "homer": self.facts(accepted, summary),
+            "homer": await asyncio.to_thread(self.facts, accepted, summary),
         }
 
     async def stream(self, events: AsyncIterator[Event], include_usage: bool) -> AsyncIterator[str]:
@@ -68,6 +79,10 @@ class Answer:
                 match event:
                     case pb.Accepted():
                         accepted = event
+                        if self.options.progress:
+                            yield self._told("accepted", event)
+                    case pb.Progress() if self.options.progress:
+                        yield self._told("progress", event)
                     case pb.Progress() if time.monotonic() - told > PROGRESS_SECONDS:
                         told = time.monotonic()
                         # A comment: clients pass over it, and nobody in between hangs up.
@@ -81,10 +96,10 @@ class Answer:
                     case pb.Summary():
                         if left := event.text[sent:]:
                             yield self._chunk({"content": left}, None, rest)
+                        # The evidence of a long document is long.
+                        facts = await asyncio.to_thread(self.facts, accepted, event)
                         yield self._chunk(
-                            {},
-                            _FINISH[event.finish_reason],
-                            {**rest, "homer": self.facts(accepted, event)},
+                            {}, _FINISH[event.finish_reason], {**rest, "homer": facts}
                         )
                         if include_usage:
                             last = {**self._head(".chunk"), "choices": [], "usage": usage(event)}
@@ -105,9 +120,17 @@ class Answer:
             "nodes_by_worker": dict(summary.nodes_by_worker),
             "seconds": {f.name: getattr(seconds, f.name) for f in seconds.DESCRIPTOR.fields},
         }
-        if self.with_indices:
+        if self.options.return_kept_indices:
             out["kept_context_indices"] = list(summary.kept_context_indices)
+        if self.options.return_evidence:
+            if self.document is not None:
+                add_text(summary.evidence, self.document)
+            out["evidence"] = _fields(summary.evidence)
         return out
+
+    def _told(self, name: str, event: pb.Accepted | pb.Progress) -> str:
+        """A chunk without a choice, which clients that do not know of it pass over."""
+        return _data({**self._head(".chunk"), "choices": [], "homer": {name: _fields(event)}})
 
     def _chunk(self, delta: dict[str, Any], finish: str | None, rest: dict[str, Any]) -> str:
         content = {"delta": delta} if self.kind == "chat" else {"text": delta.get("content", "")}
@@ -129,6 +152,19 @@ def usage(summary: pb.Summary) -> dict[str, int]:
         "completion_tokens": summary.generated_tokens,
         "total_tokens": summary.prompt_tokens + summary.generated_tokens,
     }
+
+
+def _fields(message: Message) -> dict[str, Any]:
+    """A message as JSON: its fields by their names, zeros included."""
+    fields: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    # JSON from protobuf writes 64-bit integers as text.
+    if "prompt_tokens" in fields:
+        fields["prompt_tokens"] = int(fields["prompt_tokens"])
+    if "kind" in fields:
+        fields["kind"] = fields["kind"].removeprefix("KIND_").lower()
+    return fields
 
 
 def _data(value: dict[str, Any]) -> str:

@@ -241,6 +241,7 @@ def _model(served: Served) -> dict[str, Any]:
             "max_chunk_len": served.info.max_chunk_len,
             "target_len": served.info.target_len,
             "calibrated": served.info.calibrated,
+            "chat": served.prompts.chats,
         },
     }
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from cluster.http.answers import Answer
 from cluster.http.bodies import ChatBody, CompletionBody
-from cluster.http.chat import PromptBuilder
+from cluster.http.chat import Prompt, PromptBuilder
 from cluster.http.errors import HttpError
-from cluster.text import PromptIds, PromptTokenizer
+from cluster.text import PromptTokenizer
 from homer.errors import ModelError
 from homer.v1 import long_context_pb2 as pb
 
@@ -78,7 +78,8 @@ class Served:
                 code="model_not_found",
                 param="model",
             )
-        ids = self._prompt(body)
+        prompt = self._prompt(body)
+        ids = prompt.ids
         longest = self.info.max_context_tokens
         if len(ids.context) > longest:
             raise HttpError(
@@ -95,19 +96,23 @@ class Served:
             "sampling": body.sampling,
             "compression": body.homer.compression,
             "return_kept_indices": body.homer.return_kept_indices,
+            "return_evidence": body.homer.return_evidence,
             "priority": body.homer.priority,
         }
         answer = Answer(
             "chat" if chat else "completion",
             ("chatcmpl-" if chat else "cmpl-") + request_id,
             self.name,
-            body.homer.return_kept_indices,
+            body.homer,
+            prompt.document,
         )
         return Asked(request, answer)
 
-    def _prompt(self, body: ChatBody | CompletionBody) -> PromptIds:
+    def _prompt(self, body: ChatBody | CompletionBody) -> Prompt:
+        located = body.homer.return_evidence
         if isinstance(body, CompletionBody):
-            return self.prompts.completion(body.prompt, body.homer.prefix, body.homer.question)
+            marked = body.homer.prefix, body.homer.question
+            return self.prompts.completion(body.prompt, *marked, located)
         if body.homer.prefix is not None or body.homer.question is not None:
             raise HttpError(
                 400,
@@ -115,4 +120,4 @@ class Served:
                 "and the last content part",
                 param="homer",
             )
-        return self.prompts.chat(body.messages, body.chat_template_kwargs)
+        return self.prompts.chat(body.messages, body.chat_template_kwargs, located)

@@ -29,6 +29,9 @@ class HomerOptions(_Body):
     warmup_layers: int | None = Field(default=None, ge=0)
     score: Text | None = None
     return_kept_indices: bool = False
+    return_evidence: bool = False
+    # Of a stream: tell of every node that is done.
+    progress: bool = False
     priority: int = Field(default=0, ge=-PRIORITY, le=PRIORITY)
 
     @property
@@ -124,6 +127,8 @@ class _Generation(_Body):
     def _stream_options_need_stream(self) -> _Generation:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only for stream=true")
+        if self.homer.progress and not self.stream:
+            raise ValueError("homer.progress is only for stream=true")
         return self
 
 

@@ -19,11 +19,11 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.http.bodies import Message
 from cluster.http.errors import HttpError
-from cluster.text import PromptIds, PromptTokenizer
+from cluster.text import LocatedText, PromptIds, PromptTokenizer
 
 _SYSTEM = ("system", "developer")
 # Of a chunk, for the prefix and for the question.
@@ -32,6 +32,16 @@ PART_SEPARATOR = "\n"
 # Marks the two cuts while a template runs. Private use: no text has it.
 _CONTEXT, _QUESTION = "\ue0f0\ue0f1", "\ue0f2\ue0f3"
 _SEPARATORS = tuple(re.compile(p) for p in (r"\n[ \t\r]*\n", r"\n", r"(?<=[.!?])\s+"))
+
+
+class Prompt(NamedTuple):
+    """A prompt, and where it was asked for its context as text.
+
+    Characters of a chat's context count from the first message that is not the system's.
+    """
+
+    ids: PromptIds
+    document: LocatedText | None = None
 
 
 class PromptBuilder:
@@ -48,8 +58,18 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._most = max(1, chunk_len // SHARE)
 
-    def chat(self, messages: Sequence[Message], template_kwargs: dict[str, Any]) -> PromptIds:
-        """The prompt of a chat.
+    @property
+    def chats(self) -> bool:
+        """Whether the model has a chat template."""
+        return self._tokenizer.has_chat_template
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        template_kwargs: dict[str, Any],
+        located: bool = False,
+    ) -> Prompt:
+        """The prompt of a chat; `located` asks for its document.
 
         Raises
         ------
@@ -84,14 +104,21 @@ class PromptBuilder:
                 "the model's chat template changes the text of messages, so Homer cannot tell "
                 "document and question apart in it; use /v1/completions",
             )
-        return self._with_context(self._cut(plain, *ends))
+        return self._cut(plain, *ends, located)
 
-    def completion(self, prompt: str, prefix: str | None, question: str | None) -> PromptIds:
+    def completion(
+        self, prompt: str, prefix: str | None, question: str | None, located: bool = False
+    ) -> Prompt:
         """The prompt of a completion: by its marked parts, or the question by rule 2."""
         if question is None:
             cut = self._cut_of(prompt)
             prompt, question = prompt[:cut], prompt[cut:]
-        return self._with_context(self._tokenizer.prompt_ids(prefix or "", prompt, question))
+        given = self._tokenizer.prompt_ids(prefix or "", prompt, question)
+        ids = self._with_context(given)
+        document = None
+        if located and ids.context == given.context:
+            document = self._tokenizer.locate(prompt)
+        return Prompt(ids, document)
 
     def _render(self, turns: Sequence[dict[str, Any]], template_kwargs: dict[str, Any]) -> str:
         return self._tokenizer.render_chat(turns, template_kwargs)
@@ -143,8 +170,18 @@ class PromptBuilder:
             return None
         return context, question - len(_CONTEXT)
 
-    def _cut(self, text: str, context_start: int, question_start: int) -> PromptIds:
-        ids, starts = self._tokenizer.ids_and_starts(text)
+    def _cut(self, text: str, context_start: int, question_start: int, located: bool) -> Prompt:
+        ids, spans = self._tokenizer.ids_and_spans(text)
+        starts = [start for start, _ in spans]
         first = bisect.bisect_left(starts, context_start)
         second = max(first, bisect.bisect_left(starts, question_start))
-        return PromptIds(ids[:first], ids[first:second], ids[second:])
+        prompt = self._with_context(PromptIds(ids[:first], ids[first:second], ids[second:]))
+        if not located:
+            return Prompt(prompt)
+        first = len(prompt.prefix)
+        # What the template puts before the first message is no part of the document.
+        places = [
+            (max(0, start - context_start), max(0, end - context_start))
+            for start, end in spans[first : first + len(prompt.context)]
+        ]
+        return Prompt(prompt, LocatedText.of(text[context_start:], places))

@@ -78,7 +78,7 @@ class CompressionOptions(_message.Message):
     def __init__(self, max_chunk_len: _Optional[int] = ..., target_len: _Optional[int] = ..., warmup_layers: _Optional[int] = ..., max_initial_chunk_len: _Optional[int] = ..., fan_in: _Optional[int] = ..., refresh_suffix: _Optional[bool] = ..., plan: _Optional[_Union[_plan_pb2.PlanKind, str]] = ..., score: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "tokens", "sampling", "compression", "return_kept_indices", "priority")
+    __slots__ = ("request_id", "text", "tokens", "sampling", "compression", "return_kept_indices", "priority", "return_evidence")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,7 @@ class GenerateRequest(_message.Message):
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     RETURN_KEPT_INDICES_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    RETURN_EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: TextPrompt
     tokens: TokenPrompt
@@ -93,7 +94,8 @@ class GenerateRequest(_message.Message):
     compression: CompressionOptions
     return_kept_indices: bool
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[_Union[TextPrompt, _Mapping]] = ..., tokens: _Optional[_Union[TokenPrompt, _Mapping]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., compression: _Optional[_Union[CompressionOptions, _Mapping]] = ..., return_kept_indices: _Optional[bool] = ..., priority: _Optional[int] = ...) -> None: ...
+    return_evidence: bool
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[_Union[TextPrompt, _Mapping]] = ..., tokens: _Optional[_Union[TokenPrompt, _Mapping]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., compression: _Optional[_Union[CompressionOptions, _Mapping]] = ..., return_kept_indices: _Optional[bool] = ..., priority: _Optional[int] = ..., return_evidence: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("accepted", "progress", "token", "summary")
@@ -108,7 +110,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("request_id", "prompt_tokens", "leaves", "levels", "merges", "subtrees", "uncalibrated")
+    __slots__ = ("request_id", "prompt_tokens", "leaves", "levels", "merges", "subtrees", "uncalibrated", "level_nodes")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEAVES_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +118,7 @@ class Accepted(_message.Message):
     MERGES_FIELD_NUMBER: _ClassVar[int]
     SUBTREES_FIELD_NUMBER: _ClassVar[int]
     UNCALIBRATED_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_NODES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_tokens: int
     leaves: int
@@ -123,10 +126,11 @@ class Accepted(_message.Message):
     merges: int
     subtrees: int
     uncalibrated: bool
-    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., levels: _Optional[int] = ..., merges: _Optional[int] = ..., subtrees: _Optional[int] = ..., uncalibrated: _Optional[bool] = ...) -> None: ...
+    level_nodes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., levels: _Optional[int] = ..., merges: _Optional[int] = ..., subtrees: _Optional[int] = ..., uncalibrated: _Optional[bool] = ..., level_nodes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("kind", "height", "index", "worker", "leaves_done", "leaves_total", "merges_done", "merges_total", "context_tokens_in", "context_tokens_out", "seconds")
+    __slots__ = ("kind", "height", "index", "worker", "leaves_done", "leaves_total", "merges_done", "merges_total", "context_tokens_in", "context_tokens_out", "seconds", "context_start", "context_end")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[Progress.Kind]
@@ -148,6 +152,8 @@ class Progress(_message.Message):
     CONTEXT_TOKENS_IN_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_OUT_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_START_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_END_FIELD_NUMBER: _ClassVar[int]
     kind: Progress.Kind
     height: int
     index: int
@@ -159,7 +165,9 @@ class Progress(_message.Message):
     context_tokens_in: int
     context_tokens_out: int
     seconds: float
-    def __init__(self, kind: _Optional[_Union[Progress.Kind, str]] = ..., height: _Optional[int] = ..., index: _Optional[int] = ..., worker: _Optional[str] = ..., leaves_done: _Optional[int] = ..., leaves_total: _Optional[int] = ..., merges_done: _Optional[int] = ..., merges_total: _Optional[int] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    context_start: int
+    context_end: int
+    def __init__(self, kind: _Optional[_Union[Progress.Kind, str]] = ..., height: _Optional[int] = ..., index: _Optional[int] = ..., worker: _Optional[str] = ..., leaves_done: _Optional[int] = ..., leaves_total: _Optional[int] = ..., merges_done: _Optional[int] = ..., merges_total: _Optional[int] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., seconds: _Optional[float] = ..., context_start: _Optional[int] = ..., context_end: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("token_id", "text")
@@ -188,7 +196,7 @@ class StageSeconds(_message.Message):
     def __init__(self, queue: _Optional[float] = ..., leaves: _Optional[float] = ..., merges: _Optional[float] = ..., gather: _Optional[float] = ..., time_to_first_token: _Optional[float] = ..., decode: _Optional[float] = ..., total: _Optional[float] = ...) -> None: ...
 
 class Summary(_message.Message):
-    __slots__ = ("request_id", "prompt_tokens", "leaves", "kept_tokens", "generated_tokens", "finish_reason", "seconds", "moved_bytes", "kept_context_indices", "token_ids", "text", "nodes_by_worker")
+    __slots__ = ("request_id", "prompt_tokens", "leaves", "kept_tokens", "generated_tokens", "finish_reason", "seconds", "moved_bytes", "kept_context_indices", "token_ids", "text", "nodes_by_worker", "evidence")
     class NodesByWorkerEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +216,7 @@ class Summary(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     NODES_BY_WORKER_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_tokens: int
     leaves: int
@@ -220,7 +229,70 @@ class Summary(_message.Message):
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
     nodes_by_worker: _containers.ScalarMap[str, int]
-    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., seconds: _Optional[_Union[StageSeconds, _Mapping]] = ..., moved_bytes: _Optional[int] = ..., kept_context_indices: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., nodes_by_worker: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    evidence: Evidence
+    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., seconds: _Optional[_Union[StageSeconds, _Mapping]] = ..., moved_bytes: _Optional[int] = ..., kept_context_indices: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., nodes_by_worker: _Optional[_Mapping[str, int]] = ..., evidence: _Optional[_Union[Evidence, _Mapping]] = ...) -> None: ...
+
+class Evidence(_message.Message):
+    __slots__ = ("levels", "nodes", "passages", "token_start_steps")
+    LEVELS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    PASSAGES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_START_STEPS_FIELD_NUMBER: _ClassVar[int]
+    levels: _containers.RepeatedCompositeFieldContainer[LevelEvidence]
+    nodes: _containers.RepeatedCompositeFieldContainer[NodeEvidence]
+    passages: _containers.RepeatedCompositeFieldContainer[Passage]
+    token_start_steps: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, levels: _Optional[_Iterable[_Union[LevelEvidence, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeEvidence, _Mapping]]] = ..., passages: _Optional[_Iterable[_Union[Passage, _Mapping]]] = ..., token_start_steps: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class LevelEvidence(_message.Message):
+    __slots__ = ("nodes", "layer_start", "layer_end", "context_tokens_in", "context_tokens_out")
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    LAYER_START_FIELD_NUMBER: _ClassVar[int]
+    LAYER_END_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_IN_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_OUT_FIELD_NUMBER: _ClassVar[int]
+    nodes: int
+    layer_start: int
+    layer_end: int
+    context_tokens_in: int
+    context_tokens_out: int
+    def __init__(self, nodes: _Optional[int] = ..., layer_start: _Optional[int] = ..., layer_end: _Optional[int] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ...) -> None: ...
+
+class NodeEvidence(_message.Message):
+    __slots__ = ("height", "index", "worker", "seconds", "context_start", "context_end", "context_tokens_in", "context_tokens_out", "kept_runs")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_START_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_END_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_IN_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_OUT_FIELD_NUMBER: _ClassVar[int]
+    KEPT_RUNS_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    index: int
+    worker: str
+    seconds: float
+    context_start: int
+    context_end: int
+    context_tokens_in: int
+    context_tokens_out: int
+    kept_runs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, height: _Optional[int] = ..., index: _Optional[int] = ..., worker: _Optional[str] = ..., seconds: _Optional[float] = ..., context_start: _Optional[int] = ..., context_end: _Optional[int] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., kept_runs: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Passage(_message.Message):
+    __slots__ = ("token_start", "token_end", "char_start", "char_end", "text")
+    TOKEN_START_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_END_FIELD_NUMBER: _ClassVar[int]
+    CHAR_START_FIELD_NUMBER: _ClassVar[int]
+    CHAR_END_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    token_start: int
+    token_end: int
+    char_start: int
+    char_end: int
+    text: str
+    def __init__(self, token_start: _Optional[int] = ..., token_end: _Optional[int] = ..., char_start: _Optional[int] = ..., char_end: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

@@ -58,34 +58,38 @@ class RequestSpec(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., plan: _Optional[_Union[PlanSpec, _Mapping]] = ..., prefix_ids: _Optional[_Iterable[int]] = ..., suffix_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RunSubtreeRequest(_message.Message):
-    __slots__ = ("request", "node", "attempt", "context_ids", "report_seconds")
+    __slots__ = ("request", "node", "attempt", "context_ids", "report_seconds", "report_kept")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_IDS_FIELD_NUMBER: _ClassVar[int]
     REPORT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REPORT_KEPT_FIELD_NUMBER: _ClassVar[int]
     request: RequestSpec
     node: NodeId
     attempt: int
     context_ids: _containers.RepeatedScalarFieldContainer[int]
     report_seconds: float
-    def __init__(self, request: _Optional[_Union[RequestSpec, _Mapping]] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., context_ids: _Optional[_Iterable[int]] = ..., report_seconds: _Optional[float] = ...) -> None: ...
+    report_kept: bool
+    def __init__(self, request: _Optional[_Union[RequestSpec, _Mapping]] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., context_ids: _Optional[_Iterable[int]] = ..., report_seconds: _Optional[float] = ..., report_kept: _Optional[bool] = ...) -> None: ...
 
 class RunSubtreeResponse(_message.Message):
-    __slots__ = ("node", "context_tokens_in", "context_tokens_out", "compute_seconds", "started_unix_seconds", "before")
+    __slots__ = ("node", "context_tokens_in", "context_tokens_out", "compute_seconds", "started_unix_seconds", "before", "kept_runs")
     NODE_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_IN_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_OUT_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STARTED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BEFORE_FIELD_NUMBER: _ClassVar[int]
+    KEPT_RUNS_FIELD_NUMBER: _ClassVar[int]
     node: NodeId
     context_tokens_in: int
     context_tokens_out: int
     compute_seconds: float
     started_unix_seconds: float
     before: _containers.RepeatedCompositeFieldContainer[RunSubtreeResponse]
-    def __init__(self, node: _Optional[_Union[NodeId, _Mapping]] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., started_unix_seconds: _Optional[float] = ..., before: _Optional[_Iterable[_Union[RunSubtreeResponse, _Mapping]]] = ...) -> None: ...
+    kept_runs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, node: _Optional[_Union[NodeId, _Mapping]] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., started_unix_seconds: _Optional[float] = ..., before: _Optional[_Iterable[_Union[RunSubtreeResponse, _Mapping]]] = ..., kept_runs: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class NodeLocation(_message.Message):
     __slots__ = ("node", "address")

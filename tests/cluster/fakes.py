@@ -28,6 +28,7 @@ from cluster.job import (
 )
 from homer import HomerConfig, MergePlan
 from homer.plan import NodeId, PlanNode
+from workers.kept_runs import write_runs
 
 # A leaf of 16 tokens in 4 layers takes about a second.
 WORK_PER_SECOND = 64.0
@@ -41,6 +42,11 @@ def survivors(node: PlanNode, rows: Sequence[int], salt: str = "") -> list[int]:
 
 def expected_survivors(job: Job) -> list[int]:
     """What is left at the root of one process, with the fakes' way of pruning."""
+    return expected_kept(job)[job.plan.root.id]
+
+
+def expected_kept(job: Job) -> dict[NodeId, list[int]]:
+    """What is left at each node."""
     done: dict[NodeId, list[int]] = {}
     for node in job.plan.nodes:
         rows = (
@@ -49,7 +55,7 @@ def expected_survivors(job: Job) -> list[int]:
             else [row for child in node.children for row in done[child]]
         )
         done[node.id] = survivors(node, rows)
-    return done[job.plan.root.id]
+    return done
 
 
 def token_at(place: int, kept: Sequence[int]) -> int:
@@ -243,7 +249,8 @@ class FakeWorker:
                 done[part.id] = self._compute_node(part, rows, own)
                 if part.id == node:
                     held.states[node], held.rows[node] = done[node], own
-                yield NodeDone(part.id, part.context_in, part.context_out, 0.0)
+                runs = write_runs(done[part.id], part.context_start) if job.with_evidence else ()
+                yield NodeDone(part.id, part.context_in, part.context_out, 0.0, kept_runs=runs)
 
         async with aclosing(
             cast(Any, self._work_on(job, "subtree", node, attempt, work))
@@ -271,7 +278,8 @@ class FakeWorker:
                 self._prune(held.rows.get(below.id, set()), part, kept)
             held.states[node], held.rows[node] = kept, own
             self.received += received
-            yield MergeDone(node, len(rows), len(kept), 0.0, 0.0, received, kept)
+            runs = write_runs(kept, part.context_start) if job.with_evidence else ()
+            yield MergeDone(node, len(rows), len(kept), 0.0, 0.0, received, kept, kept_runs=runs)
 
         async with aclosing(cast(Any, self._work_on(job, "merge", node, attempt, work))) as events:
             done: list[MergeDone] = [event async for event in events]
@@ -417,6 +425,7 @@ def make_job(
     layers: int = 12,
     new_tokens: int = 16,
     priority: int = 0,
+    with_evidence: bool = False,
 ) -> Job:
     """A job of chunks of 16 tokens."""
     config = HomerConfig(max_chunk_len=16, target_len=12, warmup_layers=1, fan_in=fan_in)
@@ -429,4 +438,5 @@ def make_job(
         [3, 4, 5],
         sampling=Sampling(max_new_tokens=new_tokens),
         priority=priority,
+        with_evidence=with_evidence,
     )

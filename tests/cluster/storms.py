@@ -49,6 +49,7 @@ class Storm:
                 fan_in=self.rng.choice([None, 2, 4]),
                 new_tokens=self.rng.choice([1, 8, 40]),
                 priority=self.rng.choice([0, 0, 1]),
+                with_evidence=True,
             )
             for number in range(self.rng.randint(1, 4))
         ]

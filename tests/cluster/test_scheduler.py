@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
+from itertools import chain
 from typing import Any, cast
 
 import pytest
@@ -19,12 +20,14 @@ from cluster.scheduler_options import SchedulerOptions
 from homer.errors import PromptError
 from tests.cluster.fakes import (
     FakeWorker,
+    expected_kept,
     expected_survivors,
     expected_tokens,
     make_job,
     make_pool,
 )
 from tests.cluster.virtual_time import run_virtual
+from workers.kept_runs import read_runs
 from workers.logs import log_fields, logging_about
 
 
@@ -46,6 +49,12 @@ def assert_right(job: Job, events: Sequence[JobEvent]) -> JobSummary:
     tokens = [event.token_id for event in events if isinstance(event, TokenOut)]
     assert tokens == expected_tokens(job)
     assert summary.generated_tokens == len(tokens)
+    if job.with_evidence:
+        told = {
+            id: read_runs(done.kept_runs, job.plan.by_id[id].context_start)
+            for id, (_, done) in summary.evidence.items()
+        }
+        assert {id: [*chain(*runs)] for id, runs in told.items()} == expected_kept(job)
     progress = [event for event in events if isinstance(event, JobProgress)]
     assert {event.done.node for event in progress} == {node.id for node in job.plan.nodes}
     assert len(progress) == len(job.plan.nodes) == sum(summary.nodes_by_worker.values())

@@ -27,11 +27,11 @@ def tokenizer(text_model: Path) -> PromptTokenizer:
 def cut(tokenizer: PromptTokenizer, *messages: tuple[str, Any]) -> tuple[str, str, str]:
     """The three parts as text, after a look that together they are what the template gives."""
     turns = [Message(role=role, content=content) for role, content in messages]  # type: ignore[arg-type]
-    ids = PromptBuilder(tokenizer, CHUNK).chat(turns, {})
+    ids = PromptBuilder(tokenizer, CHUNK).chat(turns, {}).ids
     whole = tokenizer.render_chat(
         [{"role": turn.role, "content": "\n".join(turn.parts)} for turn in turns], {}
     )
-    assert [*ids.prefix, *ids.context, *ids.suffix] == tokenizer.ids_and_starts(whole)[0]
+    assert [*ids.prefix, *ids.context, *ids.suffix] == tokenizer.ids_and_spans(whole)[0]
     decode = tokenizer._tokenizer.decode
     parts = decode(ids.prefix), decode(ids.context), decode(ids.suffix)
     assert "".join(parts) == whole
@@ -100,16 +100,16 @@ def test_what_cannot_be_cut_is_refused(tokenizer: PromptTokenizer) -> None:
 def test_a_completion_is_cut_by_its_marks_or_by_the_same_rule(tokenizer: PromptTokenizer) -> None:
     builder = PromptBuilder(tokenizer, CHUNK)
     by_rule = builder.completion(f"{DOCUMENT}\n\nWho is red?", None, None)
-    assert by_rule == tokenizer.prompt_ids("", DOCUMENT, "\n\nWho is red?")
+    assert by_rule.ids == tokenizer.prompt_ids("", DOCUMENT, "\n\nWho is red?")
     marked = builder.completion(DOCUMENT, "Read:", "Who?")
-    assert marked == tokenizer.prompt_ids("Read:", DOCUMENT, "Who?")
+    assert marked.ids == tokenizer.prompt_ids("Read:", DOCUMENT, "Who?")
 
 
 def test_the_demo_model_takes_chats() -> None:
     tokenizer = PromptTokenizer.load(str(MODEL_DIR))
     assert tokenizer is not None
     chat = [Message(role="system", content="Here is a text."), Message(role="user", content="Who?")]
-    ids = PromptBuilder(tokenizer, 256).chat(chat, {})
+    ids = PromptBuilder(tokenizer, 256).chat(chat, {}).ids
     assert [*ids.prefix, *ids.context, *ids.suffix] == [
         *tokenizer.prompt_ids("Here is a text.\n", "", "Who?").prefix,
         *tokenizer.prompt_ids("", "", "Who?").suffix,
