@@ -42,8 +42,8 @@ class ClientRequest:
     return_kept_indices : bool
         Ask for the context indices that survived, in the summary.
     return_evidence : bool
-        Ask for what survived at each node of the tree, and for the passages that the answer is from,
-        in the summary's `evidence`; `cluster.evidence.kept_of` reads what a node kept.
+        Ask for what survived at each node of the tree, and for the passages that the answer is
+        from, in the summary's `evidence`; `cluster.evidence.kept_of` reads what a node kept.
     priority : int
         From -8 to 8: higher ones start first and get a larger share of the workers.
     timeout_seconds : float, optional

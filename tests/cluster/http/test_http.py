@@ -106,6 +106,50 @@ def test_a_completion_is_the_answer_of_the_grpc_service(
     assert facts["seconds"]["total"] > 0
 
 
+def test_evidence_and_progress_come_with_a_stream(url: str, service: HomerClient) -> None:
+    expected = over_grpc(
+        service, prefix="", context=CONTEXT, question=QUESTION, return_evidence=True
+    )
+    homer = {"question": QUESTION, "return_evidence": True, "progress": True}
+    body = {"model": MODEL, "prompt": CONTEXT, "stream": True, "homer": homer, **GREEDY}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        lines = [line.decode().removeprefix("data: ") for line in answer if line.strip()]
+    assert lines.pop() == "[DONE]\n"
+    chunks = [json.loads(line) for line in lines]
+    told = [chunk["homer"] for chunk in chunks if not chunk["choices"]]
+    accepted, *progress = told
+    levels = accepted["accepted"]["level_nodes"]
+    nodes = {(one["progress"]["height"], one["progress"]["index"]) for one in progress[:-1]}
+    assert nodes == {(height, i) for height, count in enumerate(levels) for i in range(count)}
+    assert all(one["progress"]["worker"] for one in progress[:-1])
+    assert progress[-1]["progress"]["kind"] == "gather"
+    evidence = chunks[-1]["homer"]["evidence"]
+    assert [node["kept_runs"] for node in evidence["nodes"]] == [
+        list(node.kept_runs) for node in expected.evidence.nodes
+    ]
+    assert [one["text"] for one in evidence["passages"]] == [
+        one.text for one in expected.evidence.passages
+    ]
+
+
+def test_passages_of_a_chat_are_places_in_its_first_message(client: openai.OpenAI) -> None:
+    document = f"First. {CONTEXT.strip()}"
+    content: Any = [{"type": "text", "text": document}, {"type": "text", "text": "Who?"}]
+    chat: Any = [{"role": "system", "content": "Read."}, {"role": "user", "content": content}]
+    got = client.chat.completions.create(
+        model=MODEL, messages=chat, extra_body={"homer": {"return_evidence": True}}, **GREEDY
+    )
+    facts = got.model_extra and got.model_extra["homer"]
+    assert facts
+    passages = facts["evidence"]["passages"]
+    assert len(passages) > 1
+    for one in passages:
+        assert one["text"] == document[one["char_start"] : one["char_end"]]
+
+
 def test_a_chat_comes_whole_or_as_a_stream(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model=MODEL, messages=CHAT, **GREEDY)
     assert whole.object == "chat.completion"
@@ -167,6 +211,12 @@ def test_models(client: openai.OpenAI) -> None:
         ("/v1/completions", b'{"model": "C", "prompt": "a b"}', 404, "'C' does not exist"),
         ("/v1/completions", b'{"model": "B", "prompt": "a", "n": 2}', 400, "n: "),
         ("/v1/completions", b'{"model": "B", "prompt": "a", "sop": "x"}', 400, "argument 'sop'"),
+        (
+            "/v1/completions",
+            b'{"model": "B", "prompt": "a", "homer": {"progress": true}}',
+            400,
+            "stream",
+        ),
         ("/v1/completions", b'{"model": "B", "prompt": " "}', 400, "the question is empty"),
         ("/v1/completions", b'{"model": "B", "prompt": "a", "max_tokens": 99999999}', 400, "most"),
         ("/v1/chat/completions", b'{"model": "B", "messages": []}', 400, "messages: "),
