@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.batch.options import BatchOptions
 from cluster.cli import settings
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.load_settings import loads_a_model
@@ -23,7 +24,6 @@ from homer.load_options import LoadOptions
 if TYPE_CHECKING:
     from cluster.batch.run import Batch, Counts
 
-PRIORITY = -1
 _OPENAI = "Lines in OpenAI's format"
 
 
@@ -54,15 +54,15 @@ def batch(
     ] = None,
     concurrency: Annotated[
         int, typer.Option(help="Lines asked at once, while the service takes as many.", min=1)
-    ] = 8,
+    ] = BatchOptions.concurrency,
     priority: Annotated[
         int,
         typer.Option(help="Of lines that name none; 0 is that of other requests.", min=-8, max=8),
-    ] = PRIORITY,
+    ] = BatchOptions.priority,
     retries: Annotated[
         int,
         typer.Option(help="How often a line is asked again when its workers were lost.", min=0),
-    ] = 5,
+    ] = BatchOptions.retries,
     as_json: settings.AsJson = False,
     served_model_name: Annotated[
         str,
@@ -88,7 +88,7 @@ def batch(
     What was stopped goes on when it is run again. Exit code 4: lines failed.
     """
     model, server = settings.model_or_server(command, model, server)
-    from cluster.batch.run import Batch, BatchOptions
+    from cluster.batch.run import Batch
     from cluster.cli.batch_view import BatchProgress
     from cluster.options import ServeOptions
 

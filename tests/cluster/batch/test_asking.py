@@ -19,7 +19,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from cluster import retry
 from cluster.batch.gate import Gate
 from cluster.batch.lines import Line
-from cluster.batch.run import Batch, BatchOptions, Counts
+from cluster.batch.options import BatchOptions
+from cluster.batch.run import Batch, Counts
 from cluster.client import AsyncHomerClient
 from cluster.errors import ServiceError
 from cluster.http.errors import HttpError
