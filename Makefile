@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos bench lint format proto train-demo
+.PHONY: help setup demo test chaos bench docs tools lint format proto train-demo
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ chaos: setup ## 60 faults among questions, then 300 requests of mixed fates; SEE
 
 bench: setup ## measure speed, memory, transfer and answers; prints tables and writes plots to out/
 	@$(BIN)/homer bench all
+
+docs: setup ## build the documentation into out/docs; fails where a link leads nowhere
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+tools: setup ## bring kubectl and promtool, with which the tests check deploy/
+	@.ci/tools
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .

@@ -73,6 +73,17 @@ class Coordinator:
         if self._door is not None:
             await self._door.stop(grace_seconds)
 
+    async def drain_node(self, node_id: str, grace_seconds: float) -> dict[str, bool]:
+        """Let what runs on a node end before it goes: its workers, and the doors, if it has them.
+
+        Returns its workers, each with whether it holds nothing any more.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + grace_seconds
+        if node_id == ray.get_runtime_context().get_node_id():
+            await self.drain(grace_seconds)
+        return await self._pool.drain_node(node_id, max(0.0, deadline - loop.time()))
+
     async def stop(self) -> None:
         """Close the doors, wait for what is being released, and end the workers."""
         self._starting.cancel()

@@ -168,6 +168,39 @@ def drain_service(options: ServeOptions) -> None:
         _log.warning("the coordinator did not drain in peace: %s", error)
 
 
+def drain_node(name: str, node_id: str | None, grace_seconds: float) -> dict[str, bool]:
+    """Let what a service runs on a node of this process's cluster end; by default on its own node.
+
+    Returns the service's workers there, each with whether it holds nothing any more. A service
+    that ends meanwhile leaves none.
+
+    Raises
+    ------
+    PlacementError
+        When there is no such service or node.
+    """
+    nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    node_id = node_id or ray.get_runtime_context().get_node_id()
+    if node_id not in nodes:
+        raise PlacementError(
+            f"the Ray cluster has no node {node_id!r}; `ray list nodes` shows its nodes"
+        )
+    try:
+        coordinator = ray.get_actor(name, NAMESPACE)
+    except ValueError:
+        raise PlacementError(
+            f"no service named {name!r} runs on this Ray cluster; --name says which is meant"
+        ) from None
+    draining = coordinator.drain_node.remote(node_id, grace_seconds)
+    try:
+        drained: dict[str, bool] = ray.get(draining, timeout=grace_seconds + STOP_TIMEOUT_SECONDS)
+    except ActorDiedError:
+        return {}
+    except (RayError, GetTimeoutError) as error:
+        raise PlacementError(f"the service {name!r} did not drain: {error}") from error
+    return drained
+
+
 def watch_service(name: str, tell: Callable[[str], None]) -> None:
     """Wait for as long as the service runs; `tell` says when it is gone and when it is back.
 

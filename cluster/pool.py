@@ -110,6 +110,17 @@ class WorkerPool:
             if slot.client is not None and slot.client.name == name:
                 slot.fence(reason)
 
+    async def drain_node(self, node_id: str, timeout_seconds: float) -> dict[str, bool]:
+        """Give the workers of a node nothing new; returns which of them hold nothing in time.
+
+        Their processes stay until the node goes. Then Ray places others, on other nodes.
+        """
+        there = [slot.client.name for slot in self.slots if slot.client and slot.node_id == node_id]
+        drained = await asyncio.gather(
+            *(self._members.drain_worker(name, timeout_seconds) for name in there)
+        )
+        return dict(zip(there, drained, strict=True))
+
     async def stop(self) -> None:
         """Let the workers drain, and end their processes."""
         tasks = [*self._tasks, *self._running.values()]

@@ -60,6 +60,8 @@ class Slot:
         Why the worker does not serve.
     client : GrpcWorkerClient or None
         While it serves.
+    node_id : str
+        Ray's id of the node where it serves.
     placed, started : asyncio.Future
         Done when the worker was placed, and when it served, for the first time. `started` fails
         when it cannot; the slot tries again all the same.
@@ -74,6 +76,7 @@ class Slot:
         self.state: SlotState = "placing"
         self.reason = ""
         self.client: GrpcWorkerClient | None = None
+        self.node_id = ""
         self.retiring = False
         loop = asyncio.get_running_loop()
         self.placed: asyncio.Future[None] = loop.create_future()
@@ -174,6 +177,7 @@ class Slot:
         ended = asyncio.ensure_future(result(actor.until_ended.remote()))
         self._fenced = asyncio.get_running_loop().create_future()
         self.client, self.state, self.reason = client, "serving", ""
+        self.node_id = process.node_id
         _log.info("%s serves at %s as process %d", client.name, client.address, process.process_id)
         self._members.add_worker(client, layers)
         if not self.started.done():

@@ -31,6 +31,7 @@ class WorkerProcess:
 
     id: str
     process_id: int
+    node_id: str
 
 
 class WorkerActor:
@@ -38,7 +39,9 @@ class WorkerActor:
 
     def __init__(self, options: ServeOptions, spec: WorkerSpec, toward: str) -> None:
         set_up_logging(options.log_format)
-        self._process = WorkerProcess(uuid.uuid4().hex, os.getpid())
+        self._process = WorkerProcess(
+            uuid.uuid4().hex, os.getpid(), ray.get_runtime_context().get_node_id()
+        )
         self._options = options
         self._spec = spec
         self._toward = toward

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from cluster.cli import batch, bench, calibrate, doctor, generate, plan, serve, status, trace
+from cluster.cli import (
+    batch,
+    bench,
+    calibrate,
+    doctor,
+    drain,
+    generate,
+    plan,
+    serve,
+    status,
+    trace,
+)
 from cluster.cli.config_file import read_defaults
 from cluster.cli.exit_codes import MEANINGS, ExitCode, exit_code
 from homer import __version__
@@ -30,6 +41,7 @@ app = typer.Typer(
 app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(batch.batch)
+app.command()(drain.drain)
 app.command()(status.status)
 app.command()(trace.trace)
 app.command()(plan.plan)

@@ -23,6 +23,7 @@ from tests.cluster.test_restarts import process_of
 from tests.cluster.test_service import CONTEXT, LONG_CONTEXT, QUESTION
 
 START_SECONDS = 120.0
+LONG_ANSWER_TOKENS = 200
 AUTOSCALER_COMMANDS = (
     "initialization_commands",
     "setup_commands",
@@ -51,6 +52,8 @@ def ray_nodes(box: Sandbox) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as environment:
         # Its processes inherit this from us, and commands in the sandbox have it too.
         environment.setenv("RAY_AUTH_MODE", "disabled")
+        # Where it writes which cluster is the last that was started here.
+        environment.setenv("RAY_TMPDIR", str(box.folder))
         box.env["RAY_AUTH_MODE"] = "disabled"
         nodes = Cluster(
             initialize_head=True,
@@ -146,6 +149,17 @@ def answer(client: HomerClient) -> list[int]:
     return list(summary.token_ids)
 
 
+def long_answer(client: HomerClient, request_id: str) -> list[int]:
+    *_, summary = client.generate(
+        context=LONG_CONTEXT,
+        question=QUESTION,
+        request_id=request_id,
+        sampling={"max_tokens": LONG_ANSWER_TOKENS, "ignore_eos": True},
+    )
+    assert isinstance(summary, pb.Summary)
+    return list(summary.token_ids)
+
+
 @contextmanager
 def busy(client: HomerClient) -> Iterator[None]:
     """Several requests at a time, one after the other, for as long as this lasts."""
@@ -229,6 +243,21 @@ def test_nodes_are_lost_and_join(text_model: Path) -> None:
             third = add_node(nodes, 4, {"zone": "a"})
             poll(lambda: f"{lost}.1" in raylets_of(client), "no worker on the new node", 120)
             assert set(raylets_of(client).values()) == {raylet(first), raylet(third)}
+            assert answer(client) == expected
+
+            # A node that is drained first costs nothing: what runs there ends there.
+            with ThreadPoolExecutor(1) as pool:
+                running = pool.submit(long_answer, client, "while-draining")
+                poll(lambda: bool(client.server_info().running_requests), "nothing runs")
+                given = box.run(
+                    str(BIN / "homer"), "drain", "--address", nodes.address,
+                    "--node", third.node_id, "--json",
+                )  # fmt: skip
+                assert json.loads(given.stdout) == {"drained": [f"{lost}.1"], "left": []}, given
+                assert len(ready_workers(client)) == 1
+                nodes.remove_node(third, allow_graceful=False)
+                assert len(running.result(120)) == LONG_ANSWER_TOKENS
+            assert not [one for one in client.trace("while-draining").slices if one.lost]
             assert answer(client) == expected
         box.assert_empty()
 

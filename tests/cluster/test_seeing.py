@@ -12,7 +12,7 @@ import logging
 import re
 import signal
 import subprocess
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,9 +21,11 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from cluster.chrome_trace import chrome_trace
@@ -31,6 +33,7 @@ from cluster.cli import app
 from cluster.client import HomerClient
 from cluster.door import GrpcDoor
 from cluster.errors import ServiceError
+from cluster.http.app import HttpDoor, build_http
 from cluster.scheduler import Scheduler
 from cluster.seeing import Seeing
 from cluster.service import Limits, LongContextService
@@ -40,6 +43,7 @@ from homer.plan import NodeId
 from homer.v1 import long_context_pb2 as pb
 from tests.cluster.conftest import Run, poll
 from tests.cluster.processes import BIN
+from tests.deploy.promql import asked_series, expressions
 from tests.golden_cases import model_dir
 from tests.otlp import Collector, Span, running_collector
 from tests.scrape import Scrape
@@ -285,6 +289,37 @@ def test_prometheus_is_told_where_the_workers_are(seen: Seen) -> None:
     assert len(group["targets"]) == 2
     for target in group["targets"]:
         assert "homer_worker_leaf_seconds" in Scrape(target).types
+
+
+def test_alerts_and_the_dashboard_ask_for_series_that_there_are(seen: Seen) -> None:
+    """Metric by metric, with the labels and, of those that are always there, the values."""
+    words = dict(word.split("=") for word in seen.workers[0].ready_line.split()[2:])
+    assert seen.after is not None
+    scrapes = [seen.after, Scrape(f"127.0.0.1:{words['metrics_port']}")]
+    families = [family for one in scrapes for family in one.families.values()]
+    families += text_string_to_metric_families(of_the_http_door())
+    labels: defaultdict[str, set[str]] = defaultdict(set)
+    values: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    samples = [sample for family in families for sample in family.samples]
+    for sample in samples:
+        labels[sample.name] |= set(sample.labels)
+        for name, value in sample.labels.items():
+            values[sample.name, name].add(value)
+    # Series of these come with the first retry.
+    labels["homer_retries_total"] |= {"cause"}
+    metrics = {sample.name for sample in samples} | {"homer_retries_total", "up"}
+    for place, expression in expressions().items():
+        for asked in asked_series(expression):
+            assert asked.metric in metrics, place
+            assert asked.labels <= labels[asked.metric], place
+            for label in ("state", "kind"):
+                assert asked.values.get(label, set()) <= values[asked.metric, label], place
+
+
+def of_the_http_door() -> str:
+    with TestClient(build_http(HttpDoor("127.0.0.1:1"))) as client:
+        assert client.get("/version").status_code == 200
+        return client.get("/metrics").text
 
 
 def test_a_cancelled_and_a_refused_request_are_counted(seen: Seen) -> None:
