@@ -186,7 +186,7 @@ def drain_node(name: str, node_id: str | None, grace_seconds: float) -> dict[str
             f"the Ray cluster has no node {node_id!r}; `ray list nodes` shows its nodes"
         )
     try:
-        coordinator = ray.get_actor(name, NAMESPACE)
+        coordinator: Any = ray.get_actor(name, NAMESPACE)
     except ValueError:
         raise PlacementError(
             f"no service named {name!r} runs on this Ray cluster; --name says which is meant"

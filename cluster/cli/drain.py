@@ -27,7 +27,7 @@ def drain(
             "--timeout-seconds", help="How long what runs on the node may take to end.", min=0
         ),
     ] = 300.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: settings.AsJson = False,
 ) -> None:
     """Let a service's part on a node of the Ray cluster end what it does, before the node goes.
 

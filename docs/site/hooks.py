@@ -27,7 +27,8 @@ SECTIONS = {
     "Start": ["getting-started", "own-model"],
     "Ask": ["cli", "http", "page", "grpc", "batch"],
     "Models": ["families", "loading", "parallel", "demo-model"],
-    "Run it": ["cluster", "kubernetes", "deploy", "seeing", "operations", "troubleshooting", "security"],
+    "Run it": ["cluster", "kubernetes", "deploy", "operations", "security"],
+    "Look after it": ["seeing", "troubleshooting"],
     "Reference": ["reference-python", "reference-grpc"],
     "Inside": ["structure", "benchmarks", "log"],
 }
@@ -66,9 +67,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(_page(config, PROTO_PAGE, proto_reference(ROOT / "proto")))
     files.append(_page(config, PYTHON_PAGE, _python_reference()))
     for source in sorted({s for file in files for s in _sources(file)}):
-        files.append(
-            File.generated(config, f"source/{source}", abs_src_path=str(ROOT / source))
-        )
+        files.append(File.generated(config, f"source/{source}", abs_src_path=str(ROOT / source)))
     return files
 
 

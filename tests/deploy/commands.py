@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import typer.main
 from ray.scripts.scripts import start as ray_start
 
 from cluster.cli import app
-from workers.__main__ import parse_options
 
 HOMER: Any = typer.main.get_command(app)
 
@@ -35,17 +36,12 @@ def parse_homer(arguments: list[str], variables: Mapping[str, str] | None = None
         As the command line does where an option or a value is wrong.
     """
     name, *options = arguments
-    command = HOMER.commands[name]
-    prefix = f"HOMER_{name.upper()}"
-    known = {f"{prefix}_{parameter.name.upper()}": parameter for parameter in command.params}
-    for variable, value in (variables or {}).items():
-        parameter = known[variable]
-        if getattr(parameter, "is_flag", False):
-            assert value in ("true", "false"), f"{variable} is {value!r}"
-            options += [parameter.opts[0]] if value == "true" else []
-        else:
-            options += [parameter.opts[0], value]
-    context = command.make_context(name, options, resilient_parsing=False)
+    command, prefix = HOMER.commands[name], f"HOMER_{name.upper()}"
+    known = {f"{prefix}_{parameter.name.upper()}" for parameter in command.params}
+    unknown = set(variables or {}) - known
+    assert not unknown, f"no option of homer {name} has the variables {unknown}"
+    with patch.dict(os.environ, variables or {}):
+        context = command.make_context(name, options, auto_envvar_prefix=prefix)
     return dict(context.params)
 
 
@@ -56,9 +52,9 @@ def parse_ray_start(parameters: Mapping[str, str], head: bool) -> dict[str, Any]
         f"--{name}" if value == "true" else f"--{name}={value}"
         for name, value in parameters.items()
     ]
-    return dict(ray_start.make_context("start", options).params)
+    return parse_ray_options(options)
 
 
-def parse_worker(arguments: list[str]) -> Any:
-    """What `python -m workers` makes of its arguments."""
-    return parse_options(arguments)
+def parse_ray_options(options: list[str]) -> dict[str, Any]:
+    """What `ray start` makes of its options."""
+    return dict(ray_start.make_context("start", list(options)).params)

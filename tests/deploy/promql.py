@@ -57,7 +57,7 @@ def _walk(node: Any, grouped: set[str]) -> Iterator[Asked]:
     match node:
         case promql_parser.VectorSelector():
             values = {m.name: set(m.value.split("|")) for m in node.matchers.matchers}
-            yield Asked(node.name, values, grouped)
+            yield Asked(node.name or "", values, grouped)
         case promql_parser.MatrixSelector():
             yield from _walk(node.vector_selector, grouped)
         case promql_parser.AggregateExpr():

@@ -22,6 +22,9 @@ FOLDERS = sorted(
     str(file.parent.relative_to(MANIFESTS)) for file in MANIFESTS.rglob("kustomization.yaml")
 )
 
+# Those with `homer serve` on a Ray cluster.
+SERVICES = [folder for folder in FOLDERS if folder not in ("http", "batch")]
+
 
 def of_kind(folder: str, kind: str) -> dict[str, Any]:
     (found,) = (one for one in render(folder) if one["kind"] == kind)
@@ -94,7 +97,7 @@ def commands_of(container: dict[str, Any]) -> list[list[str]]:
     return [command for command in found if command[0] != "serve"]
 
 
-@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder not in ("http", "batch")])
+@pytest.mark.parametrize("folder", SERVICES)
 def test_homer_serve_takes_its_settings_and_is_reached_where_others_look(folder: str) -> None:
     cluster = of_kind(folder, "RayCluster")
     (serve,) = (one for one in containers(cluster) if one["name"] == "homer")
@@ -123,7 +126,7 @@ def test_homer_serve_takes_its_settings_and_is_reached_where_others_look(folder:
         assert float(room["nvidia.com/gpu"]) >= options["gpus_per_worker"]
 
 
-@pytest.mark.parametrize("folder", ["base", "overlays/cpu"])
+@pytest.mark.parametrize("folder", SERVICES)
 def test_requests_have_time_to_end_before_a_pod_is_killed(folder: str) -> None:
     cluster = of_kind(folder, "RayCluster")
     settings = of_kind(folder, "ConfigMap")["data"]

@@ -1,4 +1,4 @@
-"""Alerts, recorded rules and the dashboard: as Prometheus reads them, and whether they hang together.
+"""Alerts, recorded rules and the dashboard, as Prometheus and Grafana read them.
 
 That the metrics exist is tested on a running service, in `tests/cluster/test_seeing.py`.
 """
@@ -37,7 +37,8 @@ def test_alerts_are_raised_where_they_should_be_and_nowhere_else() -> None:
     done = promtool("test", "rules", "rules.test.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     tested = set(re.findall(r"alertname: (\w+)", (MONITORING / "rules.test.yaml").read_text()))
-    assert tested >= {r["alert"] for r in rules() if r.get("labels", {}).get("severity") == "critical"}
+    critical = [rule for rule in rules() if rule.get("labels", {}).get("severity") == "critical"]
+    assert tested >= {rule["alert"] for rule in critical}
 
 
 def test_an_alert_that_is_wrong_is_found(tmp_path: Path) -> None:
