@@ -95,6 +95,7 @@ def _worker(view: WorkerView, clocks: Clocks) -> pb.ServerWorker:
         ready=view.stats is not None,
         state=_STATES[view.state],
         metrics_address=view.metrics_address,
+        loaded_layers=view.loaded_layers,
     )
     if (stats := view.stats) is not None:
         worker.requests = stats.requests

@@ -40,6 +40,8 @@ class WorkerView:
     device: str = ""
     # host:port; empty where it serves none.
     metrics_address: str = ""
+    # 0 where it does not say.
+    loaded_layers: int = 0
 
 
 class Workers(Protocol):
@@ -107,6 +109,7 @@ class WorkerWatch:
             stats=stats,
             device="" if info is None else info.device,
             metrics_address=f"{host}:{port}" if port else "",
+            loaded_layers=0 if info is None else info.loaded_layers,
         )
 
     def metrics_addresses(self) -> list[str]:

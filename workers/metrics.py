@@ -12,7 +12,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
@@ -75,6 +75,20 @@ class WorkerMetrics:
             buckets=BATCH_BUCKETS,
             registry=self.registry,
         )
+
+        self._load_seconds = Gauge(
+            "homer_worker_load_seconds", "Loading the model.", registry=self.registry
+        )
+        self._loaded_layers = Gauge(
+            "homer_worker_loaded_layers",
+            "Layers of the model that are loaded.",
+            registry=self.registry,
+        )
+
+    def model_loaded(self, layers: int, seconds: float) -> None:
+        """The model is there, with so many of its layers."""
+        self._loaded_layers.set(layers)
+        self._load_seconds.set(seconds)
 
     def leaf_done(self, tokens: int, seconds: float) -> None:
         """A leaf of `tokens` context tokens was computed."""

@@ -110,6 +110,7 @@ class WorkerServicer:
             else parse_bytes(options.memory_budget)
         )
         self._metrics_port = metrics_port
+        self._metrics.model_loaded(model.stack.loaded_layers, model.report.seconds)
         self._staging = Staging(device)
         self._dropping = asyncio.create_task(self._drop_idle())
         self._runner = Runner(

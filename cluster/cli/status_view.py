@@ -36,13 +36,14 @@ def _workers(info: pb.GetServerInfoResponse) -> Table:
     table.add_column("worker", no_wrap=True)
     table.add_column("address", overflow="fold")
     table.add_column("state", no_wrap=True)
-    for name in ("requests", "held", *(["budget"] if budgets else []), "memory"):
+    for name in ("layers", "requests", "held", *(["budget"] if budgets else []), "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in (*(["GPU"] if accelerators else []), "nodes", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for worker in info.workers:
         state = pb.WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower()
         numbers = [
+            f"{worker.loaded_layers}/{info.num_layers}" if worker.loaded_layers else "-",
             str(worker.requests),
             _size(worker.state_bytes + worker.kv_shard_bytes),
             *([_size(worker.memory_budget_bytes)] if budgets else []),

@@ -299,7 +299,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerWorker(_message.Message):
-    __slots__ = ("name", "address", "device", "ready", "requests", "state_bytes", "kv_shard_bytes", "state", "resident_bytes", "accelerator_bytes", "memory_budget_bytes", "reserved_bytes", "leaves_done", "merges_done", "generated_tokens", "clock_ahead_seconds", "metrics_address", "problem")
+    __slots__ = ("name", "address", "device", "ready", "requests", "state_bytes", "kv_shard_bytes", "state", "resident_bytes", "accelerator_bytes", "memory_budget_bytes", "reserved_bytes", "leaves_done", "merges_done", "generated_tokens", "clock_ahead_seconds", "metrics_address", "problem", "loaded_layers")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -318,6 +318,7 @@ class ServerWorker(_message.Message):
     CLOCK_AHEAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    LOADED_LAYERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: str
     device: str
@@ -336,7 +337,8 @@ class ServerWorker(_message.Message):
     clock_ahead_seconds: float
     metrics_address: str
     problem: str
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., ready: _Optional[bool] = ..., requests: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., leaves_done: _Optional[int] = ..., merges_done: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., clock_ahead_seconds: _Optional[float] = ..., metrics_address: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
+    loaded_layers: int
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., ready: _Optional[bool] = ..., requests: _Optional[int] = ..., state_bytes: _Optional[int] = ..., kv_shard_bytes: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., leaves_done: _Optional[int] = ..., merges_done: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., clock_ahead_seconds: _Optional[float] = ..., metrics_address: _Optional[str] = ..., problem: _Optional[str] = ..., loaded_layers: _Optional[int] = ...) -> None: ...
 
 class RequestStatus(_message.Message):
     __slots__ = ("request_id", "stage", "prompt_tokens", "leaves_done", "leaves_total", "merges_done", "merges_total", "generated_tokens", "seconds")

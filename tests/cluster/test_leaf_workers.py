@@ -11,7 +11,9 @@ from typing import Any, cast
 import grpc
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from cluster.client import HomerClient
 from cluster.errors import NoWorkersError
 from cluster.job import Job, JobProgress, JobSummary, Sampling, TokenOut
@@ -204,10 +206,15 @@ def test_a_service_with_a_leaf_worker_answers_as_one_without(
         with grpc.insecure_channel(leaf.address) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)
             info = stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=10)
+        status = CliRunner().invoke(app, ["status", "--server", address])
     assert isinstance(expected, pb.Summary)
     assert isinstance(summary, pb.Summary)
     assert list(summary.token_ids) == list(expected.token_ids)
     assert 0 < info.loaded_layers < info.num_layers
+    assert leaf.loaded_layers == info.loaded_layers
+    for worker, layers in (("worker-0", info.num_layers), ("worker-1", info.loaded_layers)):
+        (line,) = (line for line in status.stdout.splitlines() if line.startswith(worker))
+        assert f" {layers}/{info.num_layers} " in line
     # Merges too, where they need no more layers; but it never answers.
     assert leaf.leaves_done > 0
     assert leaf.leaves_done + leaf.merges_done == summary.nodes_by_worker["worker-1"]

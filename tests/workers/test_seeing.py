@@ -97,6 +97,8 @@ class Traced:
 
 def test_a_scrape_has_every_metric_with_its_type(seen: Seen) -> None:
     assert seen.after[0].types == {
+        "homer_worker_load_seconds": "gauge",
+        "homer_worker_loaded_layers": "gauge",
         "homer_worker_leaf_seconds": "histogram",
         "homer_worker_merge_seconds": "histogram",
         "homer_worker_leaf_tokens": "counter",
@@ -109,6 +111,12 @@ def test_a_scrape_has_every_metric_with_its_type(seen: Seen) -> None:
         "homer_worker_running_calls": "gauge",
         "homer_worker_memory_bytes": "gauge",
     }
+
+
+def test_loading_is_told(seen: Seen) -> None:
+    for before in seen.before:
+        assert before.total("homer_worker_loaded_layers") == seen.prompt.plan.num_layers
+        assert 0 < before.total("homer_worker_load_seconds") < 120
 
 
 def test_counters_move_by_what_was_done(seen: Seen) -> None:
