@@ -34,10 +34,16 @@ class AsyncHomerClient:
 
     Examples
     --------
-    >>> async with AsyncHomerClient("127.0.0.1:50051") as client:       # doctest: +SKIP
-    ...     async for event in client.generate(context=document, question="\\nWho did it?"):
-    ...         if isinstance(event, Token):
-    ...             print(event.text, end="")
+    >>> import asyncio
+    >>> from cluster.client import AsyncHomerClient
+    >>> async def count_tokens():
+    ...     async with AsyncHomerClient(address) as client:
+    ...         answer = client.generate(
+    ...             context=document, question="\\nWho did it?", sampling={"max_tokens": 8}
+    ...         )
+    ...         return len([event async for event in answer if type(event).__name__ == "Token"])
+    >>> asyncio.run(count_tokens())
+    8
     """
 
     def __init__(self, address: str, *, retries: int = 0) -> None:

@@ -43,10 +43,15 @@ class HomerClient:
 
     Examples
     --------
-    >>> with HomerClient("127.0.0.1:50051") as client:
-    ...     for event in client.generate(context=document, question="\\nWho did it?"):
-    ...         if isinstance(event, Token):
-    ...             print(event.text, end="")
+    >>> from cluster.client import HomerClient
+    >>> with HomerClient(address) as client:
+    ...     *events, summary = client.generate(
+    ...         context=document, question="\\nWho did it?", sampling={"max_tokens": 8}
+    ...     )
+    >>> summary.generated_tokens
+    8
+    >>> [type(event).__name__ for event in (events[0], events[1], events[-1])]
+    ['Accepted', 'Progress', 'Token']
     """
 
     def __init__(self, address: str, *, retries: int = 0) -> None:

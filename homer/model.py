@@ -51,9 +51,16 @@ class HomerModel:
 
     Examples
     --------
-    >>> hm = HomerModel.from_pretrained("path/to/model")                    # doctest: +SKIP
-    >>> context = hm.compress(prefix_ids, context_ids, suffix_ids)          # doctest: +SKIP
-    >>> answer_ids = hm.generate(context, max_new_tokens=64)                # doctest: +SKIP
+    >>> import torch
+    >>> from homer import HomerModel
+    >>> hm = HomerModel.from_pretrained(model)
+    >>> prefix_ids, question_ids = torch.tensor([1]), torch.tensor([5, 6, 7])
+    >>> document_ids = torch.arange(10, 1000)
+    >>> context = hm.compress(prefix_ids, document_ids, question_ids)
+    >>> context.cache_len <= hm.config.target_len
+    True
+    >>> len(hm.generate(context, max_new_tokens=8, ignore_eos=True))
+    8
     """
 
     def __init__(

@@ -42,9 +42,16 @@ class WorkerServer:
 
     Examples
     --------
-    >>> server = WorkerServer(WorkerOptions(model="path/to/model"))     # doctest: +SKIP
-    >>> port = await server.start()                                     # doctest: +SKIP
-    >>> await server.stop()                                             # doctest: +SKIP
+    >>> import asyncio
+    >>> from workers.options import WorkerOptions
+    >>> from workers.server import WorkerServer
+    >>> async def start_and_stop():
+    ...     server = WorkerServer(WorkerOptions(model=model))
+    ...     port = await server.start()
+    ...     await server.stop()
+    ...     return port
+    >>> asyncio.run(start_and_stop()) > 0
+    True
     """
 
     def __init__(self, options: WorkerOptions) -> None:
