@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from homer.config import HomerConfig, PlanKind
@@ -67,8 +68,11 @@ def save_bench_model(folder: Path, size: BenchSize, seed: int = 0) -> None:
         max_position_embeddings=size.window,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig()
-    model.save_pretrained(folder)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    GenerationConfig().save_pretrained(folder)
+    # The model's own `save_pretrained` imports DeepSpeed where that is installed, and prints a bar.
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 def random_prompt(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from homer import HomerModel
+from homer.shape import ModelShape
+from tests.golden_cases import model_dir
+from tests.workers.processes import WorkerProcess
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "homer" / "v1"
@@ -70,7 +76,7 @@ def test_proto_holds_no_python() -> None:
     ("module", "absent"),
     [
         ("homer", {"torch", "transformers", "numpy", "grpc", "ray"}),
-        ("homer.model", {"grpc", "ray", "workers", "cluster"}),
+        ("homer.model", {"grpc", "ray", "workers", "cluster", "deepspeed"}),
         ("workers", {"ray", "cluster"}),
         ("cluster.cli", {"torch", "transformers", "ray"}),
     ],
@@ -81,3 +87,33 @@ def test_importing_does_not_load_what_is_not_needed(module: str, absent: set[str
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert not absent & set(done.stdout.split())
+
+
+def test_a_worker_imports_deepspeed_only_where_its_engine_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Python itself tells what a process imports.
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    worker = WorkerProcess(model_dir("A"), log=tmp_path / "log.txt")
+    try:
+        worker.wait_until_ready()
+    finally:
+        worker.stop()
+    imported = set(
+        re.findall(r"^import time:.*\| +(\w+)$", (tmp_path / "log.txt").read_text(), re.M)
+    )
+    assert {"torch", "transformers", "accelerate"} <= imported
+    assert "deepspeed" not in imported
+
+
+def test_a_bench_that_writes_its_model_does_without_deepspeed(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; import homer.bench.bench_model as bench; "
+        "bench.save_bench_model(Path(sys.argv[1]), bench.BenchSize(layers=2, hidden=64)); "
+        "print('deepspeed' in sys.modules)"
+    )
+    run = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+    assert ModelShape.load(tmp_path).num_layers == 2
+    assert HomerModel.from_pretrained(tmp_path, device="cpu").stack.num_layers == 2
