@@ -23,7 +23,7 @@ from homer.plan import MergePlan
 from homer.shape import UNCALIBRATED, ModelShape, defaults_for, load_config, settings_sources
 from homer.stack import LayerStack
 
-_DOCUMENT_WINDOWS = 16
+DOCUMENT_WINDOWS = 16
 _QUESTION_TOKENS = 32
 
 
@@ -69,8 +69,11 @@ class ModelReport:
         return asdict(self)
 
 
-def examine_model(path_or_id: str | Path) -> ModelReport:
-    """Find out whether Homer can run a model, and how it would."""
+def examine_model(path_or_id: str | Path, document_tokens: int | None = None) -> ModelReport:
+    """Find out whether Homer can run a model, and how it would.
+
+    Memory is told for a document of `document_tokens`, by default 16 times the model's window.
+    """
     model_type = "unknown"
     try:
         config = load_config(path_or_id)
@@ -83,7 +86,7 @@ def examine_model(path_or_id: str | Path) -> ModelReport:
     calibrated, notes = _calibration(path_or_id, stack, settings)
     memory = None
     try:
-        memory = _memory(stack, shape, settings)
+        memory = _memory(stack, shape, settings, document_tokens)
     except PlanError as error:
         notes.append(f"no plan for a long document with these settings: {error}")
     if not stack.family.tested:
@@ -116,8 +119,10 @@ def _build_on_meta(config: Any) -> Any:
         raise ModelError(f"transformers cannot build {config.model_type}: {error}") from error
 
 
-def _memory(stack: LayerStack, shape: ModelShape, settings: HomerConfig) -> MemoryEstimate:
-    tokens = _DOCUMENT_WINDOWS * shape.window
+def _memory(
+    stack: LayerStack, shape: ModelShape, settings: HomerConfig, document_tokens: int | None
+) -> MemoryEstimate:
+    tokens = document_tokens or DOCUMENT_WINDOWS * shape.window
     suffix = min(_QUESTION_TOKENS, max(1, settings.max_chunk_len // 8))
     plan = MergePlan.build(1, tokens, suffix, shape.num_layers, settings)
     chunk = max(settings.max_chunk_len, settings.max_initial_chunk_len or 0)

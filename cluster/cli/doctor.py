@@ -3,31 +3,113 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.cli.exit_codes import ExitCode
-from cluster.cli.settings import AsJson
+from cluster.cli.settings import DEFAULTS, AsJson, Cpu
+from cluster.errors import PlacementError
+
+if TYPE_CHECKING:
+    from cluster.machine_checks import Check
+
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def doctor(
-    model: Annotated[str, typer.Option(help="Folder or id of a model; only its config is read.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or id of a model; only its config is read.")
+    ] = None,
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longest document; by default 16 times the model's window.", min=1),
+    ] = None,
+    cpu: Cpu = False,
+    host: Annotated[str, typer.Option(help="Address of homer serve.")] = DEFAULTS.host,
+    port: Annotated[int, typer.Option(help="Port of homer serve.")] = DEFAULTS.port,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="A running Ray cluster (host:port, or auto), whose nodes are checked too.",
+            envvar="RAY_ADDRESS",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell whether Homer can run a model, how it would, and what that takes. Loads no weights."""
+    """Check this machine, a model and a cluster, and say what to change. Loads no weights."""
     import transformers
 
     from homer.doctor import examine_model
 
     transformers.utils.logging.set_verbosity_error()
-    report = examine_model(model)
+    report = None if model is None else examine_model(model, context_tokens)
+    checks = _check(report, cpu, host, port, address)
     if as_json:
-        typer.echo(json.dumps({"model": report.as_json()}))
+        told = {"checks": [asdict(check) for check in checks]}
+        model_told = {} if report is None else {"model": report.as_json()}
+        typer.echo(json.dumps({**model_told, **told}))
     else:
-        _show(report)
-    if not report.supported:
+        if report is not None:
+            _show(report)
+        _show_checks(checks)
+    if report is not None and not report.supported:
         raise typer.Exit(ExitCode.MISTAKE)
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _check(report: Any, cpu: bool, host: str, port: int, address: str | None) -> list[Check]:
+    from cluster.machine import MachineFacts, port_is_free
+    from cluster.machine_checks import (
+        Check,
+        check_machine,
+        check_model_memory,
+        check_nodes,
+        check_port,
+    )
+
+    here = MachineFacts.here()
+    checks = [*check_machine(here), check_port(host, port, port_is_free(host, port))]
+    machines = [here]
+    if address is not None:
+        from cluster.launch import ray_cluster
+        from cluster.node_facts import gather_nodes
+
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(ray_cluster(address, DEFAULTS))
+            except PlacementError as error:
+                change = "start one (ray start --head), or give another --address"
+                checks.append(Check("Ray cluster", "fail", str(error), change, address))
+            else:
+                nodes = gather_nodes()
+                machines = nodes.nodes
+                checks += check_nodes(nodes.nodes, nodes.clock_offsets, nodes.silent)
+    if report is not None and report.memory is not None:
+        needs = report.memory.total_bytes
+        checks += [check_model_memory(machine, needs, cpu=cpu) for machine in machines]
+    return checks
+
+
+def _show_checks(checks: list[Check]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for wraps in (False, False, True):
+        table.add_column(no_wrap=not wraps, overflow="fold")
+    several = len({check.host for check in checks}) > 2
+    for check in checks:
+        subject = f"{check.subject} ({check.host})" if several and check.host else check.subject
+        status = Text(check.status, style=_STYLES[check.status])
+        table.add_row(status, subject, Text(check.found))
+        if check.change:
+            table.add_row("", "", Text(f"→ {check.change}", style="bold"))
+    Console().print(table)
 
 
 def _show(report: Any) -> None:
