@@ -15,6 +15,7 @@ from homer.engines import Engine, check_engine
 from homer.errors import ConfigError
 from homer.load_options import LoadOptions
 from workers.budget import parse_bytes
+from workers.logs import LOG_FORMATS
 from workers.options import WIRE_DTYPES, WorkerOptions
 
 
@@ -165,6 +166,8 @@ class ServeOptions:
             raise ConfigError(f"port is {self.port}; use 0 (any free one) to 65535")
         if self.wire_dtype not in WIRE_DTYPES:
             raise ConfigError(f"wire_dtype is {self.wire_dtype!r}; use {', '.join(WIRE_DTYPES)}")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format is {self.log_format!r}; use {', '.join(LOG_FORMATS)}")
         if self.memory_budget != "auto":
             parse_bytes(self.memory_budget)
         check_engine(self.engine, self.ranks)

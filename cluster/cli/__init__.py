@@ -13,6 +13,7 @@ from cluster.cli import (
     batch,
     bench,
     calibrate,
+    chat,
     doctor,
     drain,
     generate,
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.command()(serve.serve)
 app.command()(generate.generate)
+app.command()(chat.chat)
 app.command()(batch.batch)
 app.command()(drain.drain)
 app.command()(status.status)
@@ -85,7 +87,7 @@ def main() -> None:
     except typer.Abort:
         code = ExitCode.INTERRUPTED
     except HomerError as error:
-        typer.echo(f"homer: {error}", err=True)
+        typer.echo(f"homer: {' '.join(str(error).split())}", err=True)
         code = exit_code(error)
     except OSError as error:
         # A file that cannot be read or written; what else the system refuses is no user's mistake.

@@ -155,9 +155,9 @@ def measure_wire(tokens: int, workers: str, out: Path, plan: PlanKind = "balance
     from cluster.bench import show, wire
     from homer.bench.bench_model import BenchSize
 
-    machine = machine_facts()
+    machine, counts = machine_facts(), parse_numbers(workers)
     _say(f"bytes of a request of {tokens:,} tokens on {workers} workers")
-    results = wire.measure_wire(tokens, parse_numbers(workers), size=BenchSize(plan=plan))
+    results = wire.measure_wire(tokens, counts, size=BenchSize(plan=plan))
     print_table(machine, show.wire_table(results))
     save_results(out / "wire.json", machine, [{**asdict(r), "ratio": r.ratio} for r in results])
 

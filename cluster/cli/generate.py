@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from contextlib import ExitStack
-from typing import Annotated, Any
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from cluster.errors import ServiceError
 from homer.documents import read_document
 from homer.load_options import LoadOptions
 from homer.shape import UNCALIBRATED
+
+if TYPE_CHECKING:
+    from cluster.client import HomerClient
 
 # A coordinator that dies is back in about five seconds.
 OWN_RETRIES = 5
@@ -76,8 +79,6 @@ def generate(
     The answer goes to stdout, progress to stderr.
     """
     model, server = settings.model_or_server(command, model, server)
-    from cluster.options import ServeOptions
-
     document = read_document(context)
     compression = settings.overrides(
         paper,
@@ -109,7 +110,10 @@ def generate(
 
             view = stack.enter_context(progress_view(quiet=as_json))
             if model is not None:
-                options = ServeOptions(
+                view.status(f"starting {workers} worker(s) …")
+                server = start_service(
+                    stack,
+                    address,
                     model=model,
                     workers=workers,
                     cpu=cpu,
@@ -117,13 +121,8 @@ def generate(
                     load=load,
                     bias=bias,
                     memory_budget=memory_budget,
-                    port=0,
-                    # Several may run on one cluster at once.
-                    name=f"homer-generate-{uuid.uuid4().hex}",
                     placement_timeout_seconds=placement_timeout,
                 )
-                view.status(f"starting {workers} worker(s) …")
-                server = _start(stack, address, options)
             if retries is None:
                 retries = 0 if model is None else OWN_RETRIES
             _ask(server or "", retries, request, view, as_json)
@@ -132,22 +131,36 @@ def generate(
         raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
-def _start(stack: ExitStack, address: str | None, options: Any) -> str:
-    from cluster.launch import ray_cluster, running_service
+def start_service(stack: ExitStack, address: str | None, **options: Any) -> str:
+    """A service of this command alone, which ends with `stack`; where it is reached.
 
-    placed = stack.enter_context(ray_cluster(address, options))
+    `options` are fields of `ServeOptions`.
+    """
+    from cluster.launch import ray_cluster, running_service
+    from cluster.options import ServeOptions
+
+    # Several may run on one cluster at once.
+    alone = ServeOptions(port=0, name=f"homer-generate-{uuid.uuid4().hex}", **options)
+    placed = stack.enter_context(ray_cluster(address, alone))
     return stack.enter_context(running_service(placed))
 
 
 def _ask(server: str, retries: int, request: dict[str, Any], view: Any, as_json: bool) -> None:
-    from cluster.cli.progress import describe_summary
     from cluster.client import HomerClient
+
+    with HomerClient(server, retries=retries) as client:
+        tell_answer(client, request, view, as_json)
+
+
+def tell_answer(client: HomerClient, request: dict[str, Any], view: Any, as_json: bool) -> None:
+    """Ask, show what happens, and print the answer as it comes, or its summary as JSON."""
+    from cluster.cli.progress import describe_summary
     from cluster.client_wire import summary_to_json
     from homer.v1 import long_context_pb2 as pb
 
     told, warned = 0, False
-    with HomerClient(server, retries=retries) as client:
-        for event in client.generate(**request):
+    with closing(client.generate(**request)) as events:
+        for event in events:
             match event:
                 case pb.Accepted():
                     view.accepted(event)
@@ -160,7 +173,7 @@ def _ask(server: str, retries: int, request: dict[str, Any], view: Any, as_json:
                     told += len(event.text)
                     print(event.text, end="", flush=True)
                 case pb.Summary() if as_json:
-                    print(json.dumps(summary_to_json(event)))
+                    print(json.dumps(summary_to_json(event)), flush=True)
                     return
                 case pb.Summary():
                     print(event.text[told:], flush=True)

@@ -19,6 +19,8 @@ from cluster.options import CompressionOverrides, ServeOptions
 from cluster.placement import PLACEMENTS
 from homer.config import ScoreKind
 from homer.engines import ENGINES
+from workers.logs import LOG_FORMATS
+from workers.options import WIRE_DTYPES
 
 DEFAULTS = ServeOptions(model="")
 
@@ -71,6 +73,7 @@ WireDtype = Annotated[
     typer.Option(
         help="Type in which floats travel between workers: auto (as they are), bfloat16, float16 "
         "or float8. Narrower costs accuracy.",
+        autocompletion=lambda: WIRE_DTYPES,
         rich_help_panel=_CLUSTER,
     ),
 ]
@@ -79,6 +82,7 @@ EngineOption = Annotated[
     typer.Option(
         "--engine",
         help=f"What runs the model of each worker: {', '.join(ENGINES)}; docs/parallel.md.",
+        autocompletion=lambda: ENGINES,
         rich_help_panel=_CLUSTER,
     ),
 ]
@@ -216,6 +220,7 @@ PlacementOption = Annotated[
         "--placement",
         help="On few nodes (pack) or many (spread); strict: one node, or a node each. "
         f"One of {', '.join(PLACEMENTS)}.",
+        autocompletion=lambda: PLACEMENTS,
         rich_help_panel=_PLACEMENT,
     ),
 ]
@@ -247,7 +252,11 @@ WorkerHost = Annotated[
 ]
 LogFormat = Annotated[
     str,
-    typer.Option(help="Log lines as text, or json: one object per line.", rich_help_panel=_SEEING),
+    typer.Option(
+        help="Log lines as text, or json: one object per line.",
+        autocompletion=lambda: LOG_FORMATS,
+        rich_help_panel=_SEEING,
+    ),
 ]
 MetricsPort = Annotated[
     int | None,

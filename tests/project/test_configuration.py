@@ -193,7 +193,12 @@ def test_completion_can_be_shown_and_knows_commands_and_options(
     homer: Homer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("_HOMER_COMPLETE", "complete_bash")
-    for words, expected in (("homer gen", "generate"), ("homer plan --max-ch", "--max-chunk-len")):
+    for words, expected in (
+        ("homer gen", "generate"),
+        ("homer plan --max-ch", "--max-chunk-len"),
+        ("homer serve --engine transf", "transformers-tp"),
+        ("homer plan --score max", "max_logit"),
+    ):
         monkeypatch.setenv("COMP_WORDS", words)
         monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
         assert expected in homer().stdout.split()
