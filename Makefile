@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos bench docs tools lint format proto train-demo
+.PHONY: help setup demo test chaos fuzz bench docs tools lint format proto train-demo
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: setup ## run the tests
 chaos: setup ## 60 faults among questions, then 300 requests of mixed fates; SEED=7 and FAULTS=100 choose
 	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(FAULTS),--faults $(FAULTS))
 	@$(BIN)/python -m tests.chaos.leaks $(if $(SEED),--seed $(SEED))
+
+fuzz: setup ## 20,000 messages that nobody means to each gRPC service, and schemathesis on the HTTP door
+	@FUZZ=$(or $(MESSAGES),20000) $(if $(SEED),SEED=$(SEED)) $(BIN)/python -m pytest -s tests/cluster/fuzz
 
 bench: setup ## measure speed, memory, transfer and answers; prints tables and writes plots to out/
 	@$(BIN)/homer bench all

@@ -11,14 +11,14 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, cast
 
-import grpc
-
 from cluster.client_request import ClientRequest, from_keywords
 from cluster.client_wire import CHANNEL_OPTIONS, Event, event_of, service_errors
 from cluster.errors import ServiceError
 from cluster.retry import Attempts, check_retries
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc
+from workers.channels import Credentials
+from workers.tls import Tls
 from workers.tracing import caller_metadata
 
 
@@ -29,7 +29,7 @@ class AsyncHomerClient:
     ----------
     address : str
         "host:port" of the service.
-    retries : int
+    retries, token, tls
         As for `HomerClient`.
 
     Examples
@@ -46,10 +46,12 @@ class AsyncHomerClient:
     8
     """
 
-    def __init__(self, address: str, *, retries: int = 0) -> None:
+    def __init__(
+        self, address: str, *, retries: int = 0, token: str | None = None, tls: Tls | None = None
+    ) -> None:
         self.address = address
         self.retries = check_retries(retries)
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = Credentials(token, tls).aio_channel(address, CHANNEL_OPTIONS)
         # The generated stub works with both kinds of channel; its types know one.
         self._stub: Any = long_context_pb2_grpc.LongContextStub(cast(Any, self._channel))
 

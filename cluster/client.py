@@ -11,8 +11,6 @@ from contextlib import closing
 from types import TracebackType
 from typing import Self
 
-import grpc
-
 from cluster.async_client import AsyncHomerClient
 from cluster.client_request import ClientRequest, from_keywords
 from cluster.client_wire import CHANNEL_OPTIONS, Event, event_of, service_errors
@@ -20,9 +18,11 @@ from cluster.errors import ServiceError
 from cluster.retry import Attempts, check_retries
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc
+from workers.channels import Credentials
+from workers.tls import Tls
 from workers.tracing import caller_metadata
 
-__all__ = ["AsyncHomerClient", "ClientRequest", "HomerClient"]
+__all__ = ["AsyncHomerClient", "ClientRequest", "HomerClient", "Tls"]
 
 
 class HomerClient:
@@ -40,6 +40,10 @@ class HomerClient:
         - `Accepted` and progress come anew for each attempt;
         - tokens that were given already are not given again. The answer is the same each time: a
           request that samples without a seed is given one.
+    token : str, optional
+        One of the tokens that the service asks for.
+    tls : Tls, optional
+        The connection is TLS; `Tls()` trusts the system's certificate authorities.
 
     Examples
     --------
@@ -54,10 +58,12 @@ class HomerClient:
     ['Accepted', 'Progress', 'Token']
     """
 
-    def __init__(self, address: str, *, retries: int = 0) -> None:
+    def __init__(
+        self, address: str, *, retries: int = 0, token: str | None = None, tls: Tls | None = None
+    ) -> None:
         self.address = address
         self.retries = check_retries(retries)
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = Credentials(token, tls).channel(address, CHANNEL_OPTIONS)
         self._stub = long_context_pb2_grpc.LongContextStub(self._channel)
 
     def __enter__(self) -> Self:

@@ -107,7 +107,7 @@ class Coordinator:
         service.absent_workers = self._pool.absent
         port = await self._open(service)
         # After the door: where this is a restart, the port of the one before is free by then.
-        self._seeing.start(options.host, options.metrics_port)
+        self._seeing.start(options.host, options.metrics_port, options.security)
         any_host = options.host in ("0.0.0.0", "[::]", "::")
         return join_port(get_node_ip_address() if any_host else options.host, port)
 
@@ -126,7 +126,8 @@ class Coordinator:
         before = await result(self._keeper.door_port.remote())
         deadline = asyncio.get_running_loop().time() + PORT_TIMEOUT_SECONDS
         while True:
-            door = GrpcDoor(service, self._options.host, before or self._options.port)
+            options = self._options
+            door = GrpcDoor(service, options.host, before or options.port, options.security)
             try:
                 port = await door.start()
                 break

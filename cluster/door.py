@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.call_limit import CallLimit
 from cluster.errors import (
     CapacityError,
     NoWorkersError,
@@ -25,7 +26,7 @@ from cluster.errors import (
 from cluster.evidence import evidence_of
 from cluster.info_wire import server_info, trace_to_wire
 from cluster.job import CacheReady, JobProgress, Sampling
-from cluster.retry import RETRY_AFTER
+from cluster.retry import retry_entries
 from cluster.service import (
     Accepted,
     Finished,
@@ -41,16 +42,19 @@ from homer.errors import HomerError, PromptError
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc, sampling_pb2
 from workers.errors import status_code
+from workers.guard import Guard
 from workers.logs import log_about
+from workers.messages import Messages
 from workers.plan_wire import read_plan_kind
+from workers.security import Security
 
 _log = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LongContext"].full_name
 STOP_GRACE_SECONDS = 5.0
-RETRY_PUSHBACK = "grpc-retry-pushback-ms"
 # A worker takes about so long to come back.
 LOST_RETRY_SECONDS = 5.0
+OPEN = Security()
 
 
 class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
@@ -110,8 +114,11 @@ class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
 class GrpcDoor:
     """A gRPC server with the servicer, health and reflection on one port."""
 
-    def __init__(self, service: LongContextService, host: str, port: int) -> None:
+    def __init__(
+        self, service: LongContextService, host: str, port: int, security: Security = OPEN
+    ) -> None:
         self._service = service
+        self._security = security
         self._host = host
         self._port = port
         self._server: grpc.aio.Server | None = None
@@ -124,13 +131,23 @@ class GrpcDoor:
         ------
         OSError
             When the port cannot be bound.
+        ConfigError
+            When others would reach it without a token, or TLS files are wrong.
         """
+        limits = self._service.limits
         server = grpc.aio.server(
+            interceptors=(
+                Guard(self._security.open_tokens()),
+                CallLimit(limits.calls_per_token),
+                Messages(limits.read_seconds, limits.write_seconds),
+            ),
             options=(
-                ("grpc.max_receive_message_length", self._service.limits.message_bytes),
+                ("grpc.max_receive_message_length", limits.message_bytes),
+                ("grpc.max_metadata_size", limits.metadata_bytes),
+                ("grpc.absolute_max_metadata_size", limits.metadata_bytes),
                 # A port that is taken must be an error, not a second listener.
                 ("grpc.so_reuseport", 0),
-            )
+            ),
         )
         long_context_pb2_grpc.add_LongContextServicer_to_server(
             LongContextDoor(self._service), server
@@ -140,7 +157,7 @@ class GrpcDoor:
             (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
         try:
-            port = server.add_insecure_port(f"{self._host}:{self._port}")
+            port = self._security.bind(server, self._host, self._port)
         except RuntimeError as error:
             raise OSError(
                 f"cannot listen on {self._host}:{self._port}: {error}; choose another --port, "
@@ -184,7 +201,7 @@ def retry_metadata(error: HomerError) -> tuple[tuple[str, str], ...]:
         seconds = LOST_RETRY_SECONDS
     else:
         return ()
-    return ((RETRY_AFTER, f"{seconds:.1f}"), (RETRY_PUSHBACK, str(round(1000 * seconds))))
+    return retry_entries(seconds)
 
 
 def request_from_wire(request: pb.GenerateRequest) -> Request:

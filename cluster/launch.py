@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -42,6 +43,7 @@ _log = logging.getLogger(__name__)
 STOP_TIMEOUT_SECONDS = 30.0
 RESTART_POLL_SECONDS = 0.2
 LOOPBACK = "127.0.0.1"
+WORKER_TOKEN_BYTES = 32
 
 
 @contextmanager
@@ -129,6 +131,9 @@ def running_service(options: ServeOptions) -> Iterator[str]:
         use.
     """
     options = with_leaf_layers(options)
+    # In the arguments of actors alone: no command line, environment, log line or name has it.
+    token = options.worker_token or secrets.token_urlsafe(WORKER_TOKEN_BYTES)
+    options = dataclasses.replace(options, worker_token=token)
     # Beside whoever starts it: that is where the address is meant.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     settings: dict[str, Any] = {

@@ -15,8 +15,11 @@ from homer.engines import Engine, check_engine
 from homer.errors import ConfigError
 from homer.load_options import LoadOptions
 from workers.budget import parse_bytes
+from workers.channels import Credentials
 from workers.logs import LOG_FORMATS
 from workers.options import WIRE_DTYPES, WorkerOptions
+from workers.security import Security
+from workers.tls import Tls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,13 @@ class ServeOptions:
     otlp_endpoint : str
         The OpenTelemetry collector for spans; by default what OTEL_EXPORTER_OTLP_ENDPOINT names,
         or none.
+    security : Security
+        Which tokens callers of the door and of metrics must bring, and TLS for both.
+    worker_tls : Tls, optional
+        TLS between coordinator and workers and among workers: each uses the same files on its node.
+    worker_token : str
+        What workers ask of each other and of the coordinator; `running_service` makes a random one.
+        In no repr.
     """
 
     model: str
@@ -150,6 +160,9 @@ class ServeOptions:
     log_format: str = "text"
     metrics_port: int | None = None
     otlp_endpoint: str = ""
+    security: Security = field(default_factory=Security)
+    worker_tls: Tls | None = None
+    worker_token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         for name in ("workers", "threads", "min_workers"):
@@ -164,6 +177,7 @@ class ServeOptions:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use 0 or more")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; use 0 (any free one) to 65535")
+        self.security.check_host(self.host)
         if self.wire_dtype not in WIRE_DTYPES:
             raise ConfigError(f"wire_dtype is {self.wire_dtype!r}; use {', '.join(WIRE_DTYPES)}")
         if self.log_format not in LOG_FORMATS:
@@ -302,4 +316,23 @@ class ServeOptions:
             log_format=self.log_format,
             metrics_port=None if self.metrics_port is None else 0,
             otlp_endpoint=self.otlp_endpoint,
+            security=self.worker_security,
+            metrics_security=(
+                None if self.metrics_port is None else replace(self.security, tls=self.worker_tls)
+            ),
         )
+
+    @property
+    def worker_security(self) -> Security:
+        """Who may call workers: whoever has this service's own token."""
+        tokens = f"service={self.worker_token}" if self.worker_token else None
+        return Security(
+            tokens=tokens,
+            tls=self.worker_tls,
+            insecure_no_token=self.security.insecure_no_token,
+        )
+
+    @property
+    def worker_credentials(self) -> Credentials:
+        """What workers want to be shown."""
+        return Credentials.of(self.worker_security)

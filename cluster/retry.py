@@ -13,12 +13,19 @@ from homer.errors import ConfigError
 
 # The name of the trailing metadata with the seconds after which to ask again.
 RETRY_AFTER = "retry-after"
+# The same for gRPC's own retries, in milliseconds.
+RETRY_PUSHBACK = "grpc-retry-pushback-ms"
 # Codes that say: not now. Everything else would go wrong in the same way again.
 PASSING_CODES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 10.0
 # Clients that failed together should not come back together.
 JITTER = 0.25
+
+
+def retry_entries(seconds: float) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata that says when to ask again."""
+    return ((RETRY_AFTER, f"{seconds:.1f}"), (RETRY_PUSHBACK, str(round(1000 * seconds))))
 
 
 def delay_seconds(error: ServiceError, failures: int) -> float | None:

@@ -17,7 +17,8 @@ from cluster.request_spans import RequestSpans, SpanObserver
 from cluster.timeline import Timelines
 from cluster.watch import WorkerWatch
 from homer.plan import MergePlan
-from workers.metrics import MetricsPort
+from workers.metrics_port import OPEN, MetricsPort
+from workers.security import Security
 from workers.tracing import Tracing
 
 _log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Seeing:
         """The spans of a new request, where spans are made."""
         return RequestSpans(self.tracing, request_id, plan) if self.tracing.on else None
 
-    def start(self, host: str, metrics_port: int | None) -> None:
+    def start(self, host: str, metrics_port: int | None, security: Security = OPEN) -> None:
         """Watch the workers from now on, and serve metrics where there is a port for them.
 
         Raises
@@ -65,9 +66,9 @@ class Seeing:
         self.watch.start()
         if metrics_port is not None:
             self._port = MetricsPort(
-                self.metrics.registry, host, metrics_port, self.watch.metrics_addresses
+                self.metrics.registry, host, metrics_port, self.watch.metrics_addresses, security
             )
-            _log.info("metrics at http://%s/metrics", self._port.address)
+            _log.info("metrics at %s, path /metrics", self._port.address)
 
     @property
     def metrics_address(self) -> str:

@@ -26,13 +26,15 @@ from cluster.launch import running_service
 from cluster.options import CompressionOverrides, ServeOptions
 from cluster.service import Limits
 from homer.errors import ConfigError
+from workers.security import Security
+from workers.tls import Tls
 
 APP_NAME = "homer"
 # Requests that a replica answers at once; it only passes them on.
 MAX_ONGOING_REQUESTS = 256
 # Passing requests on takes little; the processors are for workers.
 _NO_CPU = {"num_cpus": 0}
-_NESTED = ("compression", "limits")
+_NESTED = ("compression", "limits", "security", "worker_tls", "worker_token")
 
 
 class DoorArgs(BaseModel):
@@ -47,6 +49,10 @@ class DoorArgs(BaseModel):
     max_context_tokens: int = Field(default=Limits().context_tokens, ge=1)
     compression: dict[str, Any] = {}
     settings: dict[str, Any] = {}
+    tokens_file: str | None = None
+    insecure_no_token: bool = False
+    tls: Tls | None = None
+    worker_tls: Tls | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -62,7 +68,19 @@ class DoorArgs(BaseModel):
             raise ValueError("give model, or the service (host:port) of one that runs")
         if self.service is not None and (self.settings or self.compression):
             raise ValueError("settings of workers are for model; the service has its own already")
+        if self.model is not None and self.tls is not None and self.tls.ca is None:
+            raise ValueError("tls needs the ca by which the door knows its own service")
         return self
+
+    def security(self) -> Security:
+        """Who may call: the door and the service behind it ask for the same tokens.
+
+        Raises
+        ------
+        ConfigError
+            When the tokens cannot be read.
+        """
+        return Security.given(self.tokens_file, self.tls, self.insecure_no_token)
 
     def options(self) -> ServeOptions:
         """The settings of the service.
@@ -82,6 +100,8 @@ class DoorArgs(BaseModel):
             model=self.model or "",
             limits=Limits(context_tokens=self.max_context_tokens),
             compression=CompressionOverrides(**self.compression),
+            security=self.security(),
+            worker_tls=self.worker_tls,
             **settings,
         )
 
@@ -145,10 +165,11 @@ class Door:
 
     # Serve awaits it: the replica is there when it can answer.
     async def __init__(  # type: ignore[misc]
-        self, service: DeploymentHandle | str, model_name: str
+        self, service: DeploymentHandle | str, model_name: str, security: Security
     ) -> None:
+        security.check_host(_serve_host())
         address = service if isinstance(service, str) else await service.address.remote()
-        self._door = HttpDoor(address, model_name)
+        self._door = HttpDoor(address, model_name, security.open_tokens(), security.tls)
         await self._door.served()
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -183,4 +204,10 @@ def build_app(args: dict[str, Any]) -> Application:
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options=_NO_CPU,
     )(serve.ingress()(Door))
-    return replicas.bind(service, door.served_model_name)
+    return replicas.bind(service, door.served_model_name, door.security())
+
+
+def _serve_host() -> str:
+    """Where Serve listens: it has no public way to ask."""
+    client: Any = serve.context._get_global_client()
+    return str(client.http_config.host)

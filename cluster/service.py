@@ -41,9 +41,17 @@ REPORT_SECONDS_PER_WORKER = 0.002
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The most that one request may ask for."""
+    """The most that one request, or one caller, may ask for.
+
+    A message of a request comes within `read_seconds`, and a caller who reads nothing of an answer
+    for `write_seconds` loses it.
+    """
 
     message_bytes: int = 64 << 20
+    metadata_bytes: int = 16 << 10
+    calls_per_token: int = 256
+    read_seconds: float = 120.0
+    write_seconds: float = 60.0
     context_tokens: int = 1 << 20
     new_tokens: int = 1 << 16
 

@@ -160,7 +160,7 @@ class Slot:
             raise PlacementError(
                 f"{name} did not load {self._options.model} within {seconds:g} seconds"
             ) from None
-        client = GrpcWorkerClient(name, address)
+        client = GrpcWorkerClient(name, address, self._options.worker_credentials)
         try:
             # What it holds is from before the coordinator died.
             await client.reset()

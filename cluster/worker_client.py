@@ -28,6 +28,7 @@ from cluster.job import (
 from homer.errors import PromptError
 from homer.plan import NodeId
 from homer.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
+from workers.channels import NO_CREDENTIALS, Credentials
 from workers.errors import ERROR_KEY, PEER_KEY
 from workers.kept_runs import write_runs
 from workers.plan_wire import write_node, write_plan
@@ -41,10 +42,10 @@ _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.St
 class GrpcWorkerClient:
     """Calls the worker at `address` ("host:port"). Make it inside the event loop that uses it."""
 
-    def __init__(self, name: str, address: str) -> None:
+    def __init__(self, name: str, address: str, credentials: Credentials = NO_CREDENTIALS) -> None:
         self.name = name
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = credentials.aio_channel(address, CHANNEL_OPTIONS)
         self._stub = worker_pb2_grpc.WorkerStub(self._channel)
 
     async def info(self) -> WorkerInfo:

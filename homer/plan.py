@@ -18,6 +18,9 @@ from typing import NamedTuple
 from homer.config import HomerConfig, PlanKind
 from homer.errors import PlanError
 
+# A few numbers of a request say how large its plan is: this is about a second.
+MAX_LEAVES = 1 << 16
+
 
 class NodeId(NamedTuple):
     """A node of the tree: its height above the leaves, and its index within that height."""
@@ -91,6 +94,11 @@ class MergePlan:
         affix_len = prefix_len + suffix_len
         leaf_room = (config.max_initial_chunk_len or config.max_chunk_len) - affix_len
         num_leaves = -(-context_len // leaf_room)
+        if num_leaves > MAX_LEAVES:
+            raise PlanError(
+                f"the context takes {num_leaves} leaves of {leaf_room} tokens, but at most "
+                f"{MAX_LEAVES} are planned; raise max_chunk_len, or shorten the document"
+            )
         if config.plan == "paper":
             num_leaves = 1 << (num_leaves - 1).bit_length()
         fan_in = _choose_fan_in(num_leaves, num_layers, config.max_chunk_len - affix_len, config)

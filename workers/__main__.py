@@ -24,7 +24,9 @@ from homer.errors import CheckpointError, HomerError
 from homer.load_options import LOAD_HELP, TOKEN_FILE_HELP, LoadOptions, read_token
 from workers.logs import set_up_logging
 from workers.options import WorkerOptions
+from workers.security import SECURITY_HELP, Security
 from workers.server import WorkerServer
+from workers.tls import SERVER_NAME_HELP, Tls
 
 EXIT_MISTAKE = 2
 
@@ -56,10 +58,11 @@ _HELP = {
 def parse_options(arguments: list[str] | None = None) -> WorkerOptions:
     """Options from a command line; names and defaults are those of `WorkerOptions`.
 
-    Those of `LoadOptions` are among them, but for the token, of which only the file is named.
+    Those of `LoadOptions` and `Security` are among them; of tokens only files are named.
     """
     parser = argparse.ArgumentParser(prog="python -m workers", description="Serve a worker.")
-    ours = [field for field in dataclasses.fields(WorkerOptions) if field.name != "load"]
+    groups = ("load", "security", "metrics_security")
+    ours = [field for field in dataclasses.fields(WorkerOptions) if field.name not in groups]
     loads = [field for field in dataclasses.fields(LoadOptions) if field.name in LOAD_HELP]
     for field in (*ours, *loads):
         name = "--" + field.name.replace("_", "-")
@@ -73,11 +76,17 @@ def parse_options(arguments: list[str] | None = None) -> WorkerOptions:
             kind = int if str(field.type).startswith("int") else type(default or "")
             shown = "" if default is None else f" (default: {default})"
             parser.add_argument(name, type=kind, default=default, help=text + shown)
-    parser.add_argument("--token-file", help=TOKEN_FILE_HELP)
+    parser.add_argument("--hub-token-file", help=TOKEN_FILE_HELP)
+    for name, text in SECURITY_HELP.items():
+        action = "store_true" if name == "insecure_no_token" else "store"
+        parser.add_argument("--" + name.replace("_", "-"), action=action, help=text)
+    parser.add_argument("--tls-server-name", help=SERVER_NAME_HELP)
     given = vars(parser.parse_args(arguments))
-    token = read_token(given.pop("token_file"))
+    token = read_token(given.pop("hub_token_file"))
     load = LoadOptions(token=token, **{field.name: given.pop(field.name) for field in loads})
-    return WorkerOptions(load=load, **given)
+    tls = Tls.given(*(given.pop(f"tls_{name}") for name in ("ca", "cert", "key", "server_name")))
+    security = Security.given(given.pop("tokens_file"), tls, given.pop("insecure_no_token"))
+    return WorkerOptions(load=load, security=security, **given)
 
 
 async def serve(options: WorkerOptions) -> None:

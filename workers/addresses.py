@@ -6,11 +6,14 @@ Knows nothing about what listens there.
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 
 import psutil
 
-from homer.errors import ConfigError
+from homer.errors import ConfigError, PromptError
+
+_HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253}):[0-9]{1,5}")
 
 
 def find_address(host: str) -> str:
@@ -62,6 +65,21 @@ def address_toward(peer: str) -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigError(f"no route from this machine to {peer}: {error}") from error
+
+
+def check_address(address: str) -> str:
+    """ "host:port", as it is.
+
+    gRPC would take more than that for an address, down to files of this machine.
+
+    Raises
+    ------
+    PromptError
+        When it is something else.
+    """
+    if not _HOST_PORT.fullmatch(address):
+        raise PromptError(f"{address!r} is no address of a worker; write host:port")
+    return address
 
 
 def join_port(host: str, port: int) -> str:

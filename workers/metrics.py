@@ -1,28 +1,18 @@
-"""Prometheus metrics of one worker, in a registry of its own, and the HTTP port that shows them.
+"""Prometheus metrics of one worker, in a registry of its own.
 
 Knows nothing about what the numbers come from.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from socket import AF_INET, AF_INET6
-from threading import Thread
-from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
-from homer.errors import ConfigError
 from homer.v1 import worker_pb2
-from workers.addresses import join_port
-
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 # From a leaf of a small model on a GPU to one of a large model on a CPU.
 SECONDS_BUCKETS = tuple(base * 10**power for power in range(-3, 3) for base in (1, 2.5, 5))
@@ -164,73 +154,3 @@ def memory_kinds(stats: Any) -> dict[str, int]:
         "budget": stats.memory_budget_bytes,
         "reserved": stats.reserved_bytes,
     }
-
-
-class MetricsPort:
-    """Serves a registry's metrics over HTTP, in threads of its own.
-
-    Parameters
-    ----------
-    registry : CollectorRegistry
-    host : str
-    port : int
-        0 takes a free one.
-    targets : callable, optional
-        Addresses ("host:port") of others that serve metrics: `/targets` names them as Prometheus's
-        HTTP service discovery asks for it. Called from those threads.
-
-    Raises
-    ------
-    ConfigError
-        When the port cannot be listened on.
-    """
-
-    def __init__(
-        self,
-        registry: CollectorRegistry,
-        host: str,
-        port: int,
-        targets: Callable[[], Sequence[str]] | None = None,
-    ) -> None:
-        class Server(ThreadingWSGIServer):
-            address_family = AF_INET6 if ":" in host else AF_INET
-
-        app = make_wsgi_app(registry)
-        if targets is not None:
-            app = _with_targets(app, targets)
-        try:
-            self._server = make_server(host, port, app, Server, _QuietHandler)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port} for metrics: {error}; choose another "
-                "--metrics-port, or 0 for any free one"
-            ) from error
-        self._thread = Thread(target=self._server.serve_forever, name="homer-metrics", daemon=True)
-        self._thread.start()
-        self.port: int = self._server.server_port
-        self.address = join_port(host, self.port)
-
-    def close(self) -> None:
-        """Stop serving."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-class _QuietHandler(WSGIRequestHandler):
-    """A scrape every few seconds is nothing to log."""
-
-    def log_message(self, format: str, *args: Any) -> None:
-        return None
-
-
-def _with_targets(
-    metrics: WSGIApplication, targets: Callable[[], Sequence[str]]
-) -> WSGIApplication:
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if environ["PATH_INFO"] != "/targets":
-            return metrics(environ, start_response)
-        start_response("200 OK", [("Content-Type", "application/json")])
-        return [json.dumps([{"targets": list(targets())}]).encode()]
-
-    return app

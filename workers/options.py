@@ -9,6 +9,7 @@ from homer.engines import Engine, check_engine
 from homer.errors import ConfigError
 from homer.load_options import LoadOptions
 from workers.budget import parse_bytes
+from workers.security import Security
 
 TRANSPORTS = ("auto", "grpc")
 WIRE_DTYPES = ("auto", "bfloat16", "float16", "float8")
@@ -76,6 +77,11 @@ class WorkerOptions:
     otlp_endpoint : str
         The OpenTelemetry collector that gets its spans; by default the one that
         OTEL_EXPORTER_OTLP_ENDPOINT names, or none.
+    security : Security
+        Which tokens callers must bring, and TLS. All workers of a cluster have the same: they call
+        each other with the first token, and with the same certificate.
+    metrics_security : Security, optional
+        The same for metrics; by default it is no other.
     """
 
     model: str
@@ -100,6 +106,8 @@ class WorkerOptions:
     wire_dtype: str = "auto"
     peer_stall_seconds: float = STALL_SECONDS
     otlp_endpoint: str = ""
+    security: Security = field(default_factory=Security)
+    metrics_security: Security | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -19,7 +19,9 @@ import torch
 
 from homer.errors import HomerError
 from homer.v1 import tensor_pb2
+from workers.addresses import check_address
 from workers.carrier import Inlet, MessageInlet, MessageOutlet, Opened, Outlet
+from workers.channels import NO_CREDENTIALS, Credentials
 from workers.errors import BrokenStreamError, DamagedStreamError, PeerError
 from workers.frames import SMALL_BYTES, Packed
 from workers.options import STALL_SECONDS
@@ -62,6 +64,8 @@ class PeerPool:
         Use shared memory with peers on this machine.
     wire : WireFormat
         How floats travel.
+    credentials : Credentials
+        What peers are shown.
     """
 
     def __init__(
@@ -71,7 +75,9 @@ class PeerPool:
         stall_seconds: float = STALL_SECONDS,
         share_memory: bool = True,
         wire: WireFormat = AS_IS,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
+        self._credentials = credentials
         self.wire = wire
         self._peers: dict[str, _Peer] = {}
         self._stagings: dict[torch.device, Staging] = {}
@@ -101,6 +107,8 @@ class PeerPool:
 
         Raises
         ------
+        PromptError
+            When the address is none.
         PeerError
             When the peer cannot be reached or refuses.
         BrokenStreamError
@@ -201,7 +209,7 @@ class PeerPool:
 
     def _peer(self, address: str) -> _Peer:
         if address not in self._peers:
-            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel = self._credentials.aio_channel(check_address(address), CHANNEL_OPTIONS)
             self._peers[address] = _Peer(channel)
         return self._peers[address]
 

@@ -148,9 +148,10 @@ class RankGroup:
             # It finds the code where this process found it.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
-        first = {
-            "options": dataclasses.asdict(options), "rank": rank, "folder": self._folder.name,
-        }  # fmt: skip
+        told = dataclasses.asdict(options)
+        # They have no port.
+        del told["security"], told["metrics_security"]
+        first = {"options": told, "rank": rank, "folder": self._folder.name}
         assert follower.stdin is not None
         follower.stdin.write(json.dumps(first).encode() + b"\n")
         follower.stdin.flush()

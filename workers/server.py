@@ -20,7 +20,10 @@ from workers.addresses import find_address, join_port
 from workers.allocator import keep_frame_memory
 from workers.call_context import CallContext
 from workers.engine import Engine, LoadedModel
-from workers.metrics import MetricsPort, WorkerMetrics
+from workers.guard import Guard
+from workers.messages import Messages
+from workers.metrics import WorkerMetrics
+from workers.metrics_port import MetricsPort
 from workers.options import WorkerOptions
 from workers.ranked_model import load_on_all_ranks
 from workers.servicer import WorkerServicer
@@ -100,15 +103,18 @@ class WorkerServer:
         metrics = WorkerMetrics(lambda: self._stats(loop))
         self._servicer = WorkerServicer(self.options, self._engine, metrics, self._tracing)
         self._health = health.aio.HealthServicer()
+        security = self.options.security
+        guard = Guard(security.open_tokens())
         self._server = grpc.aio.server(
-            options=SERVER_OPTIONS, interceptors=(CallContext(self._tracing),)
+            options=SERVER_OPTIONS,
+            interceptors=(guard, Messages(), CallContext(self._tracing)),
         )
         self._server.add_generic_rpc_handlers((worker_handlers(self._servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         address = join_port(self.host, self.options.port)
         try:
-            self.port = self._server.add_insecure_port(address)
+            self.port = security.bind(self._server, self.host, self.options.port)
             await self._server.start()
         except RuntimeError as error:
             raise ConfigError(
@@ -118,7 +124,10 @@ class WorkerServer:
         try:
             if self.options.metrics_port is not None:
                 self._metrics_port = MetricsPort(
-                    metrics.registry, self.host, self.options.metrics_port
+                    metrics.registry,
+                    self.host,
+                    self.options.metrics_port,
+                    security=self.options.metrics_security or security,
                 )
         except BaseException:
             await self.stop(0)

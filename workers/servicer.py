@@ -24,6 +24,7 @@ from workers.answers import Answering
 from workers.batcher import Batcher
 from workers.budget import Budget, automatic_bytes, parse_bytes
 from workers.bundle import bundled
+from workers.channels import Credentials
 from workers.engine import Engine, LoadedModel
 from workers.errors import NotReadyError, UnknownStateError, error_metadata, status_code
 from workers.intake import find_node, follow_job, open_node
@@ -80,6 +81,7 @@ class WorkerServicer:
             stall_seconds=options.peer_stall_seconds,
             share_memory=options.transport == "auto",
             wire=WireFormat.named(options.wire_dtype),
+            credentials=Credentials.of(options.security),
         )
         self.problem = ""
         self._runner: Runner | None = None

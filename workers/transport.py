@@ -14,6 +14,7 @@ from homer.v1 import tensor_pb2, worker_pb2
 
 # A request carries at most the token ids of a subtree, up to five bytes each.
 MAX_MESSAGE_BYTES = 64 << 20
+MAX_METADATA_BYTES = 16 << 10
 KEEPALIVE_SECONDS = 20
 
 _COMMON: tuple[tuple[str, Any], ...] = (
@@ -33,6 +34,8 @@ SERVER_OPTIONS: tuple[tuple[str, Any], ...] = (
     *_COMMON,
     # Accept the pings that the channel options above send.
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     # A port that is taken must be an error, not a second listener.
     ("grpc.so_reuseport", 0),
 )

@@ -15,6 +15,7 @@ import typer
 
 from cluster.batch.options import BatchOptions
 from cluster.cli import settings
+from cluster.cli.connection import Connection, asks_a_service
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.load_settings import loads_a_model
 from cluster.cli.settings import DEFAULTS
@@ -28,9 +29,11 @@ _OPENAI = "Lines in OpenAI's format"
 
 
 @loads_a_model(device=False)
+@asks_a_service
 def batch(
     *,
     load: LoadOptions,
+    connection: Connection,
     command: typer.Context,
     input: Annotated[
         str,
@@ -128,7 +131,8 @@ def batch(
                 )
                 placed = stack.enter_context(ray_cluster(address, serving))
                 server = stack.enter_context(running_service(placed))
-            asyncio.run(_ask_all(run, server or ""))
+                connection = Connection()
+            asyncio.run(_ask_all(run, server or "", connection))
         except KeyboardInterrupt:
             view.note(
                 f"homer: stopped; {_told(counts, output)}. The same command goes on from there"
@@ -161,10 +165,8 @@ def _told(counts: Counts, output: Path) -> str:
     return f"{answered} of {counts.lines} lines are answered in {output}"
 
 
-async def _ask_all(run: Batch, server: str) -> None:
+async def _ask_all(run: Batch, server: str, connection: Connection) -> None:
     """All lines, until a signal ends them: what is being written then is written to its end."""
-    from cluster.async_client import AsyncHomerClient
-
     loop = asyncio.get_running_loop()
     asking = asyncio.current_task()
     stopped = False
@@ -179,7 +181,7 @@ async def _ask_all(run: Batch, server: str) -> None:
     for number in before:
         loop.add_signal_handler(number, stop)
     try:
-        async with AsyncHomerClient(server) as client:
+        async with connection.async_client(server) as client:
             await run.run(client)
     except asyncio.CancelledError:
         if not stopped:

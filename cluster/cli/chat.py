@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack, suppress
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.cli import settings
+from cluster.cli.connection import Connection, asks_a_service
 from cluster.cli.exit_codes import ExitCode, exit_code
 from cluster.cli.generate import OWN_RETRIES, start_service, tell_answer
 from cluster.cli.load_settings import loads_a_model
@@ -16,6 +17,9 @@ from cluster.cli.settings import DEFAULTS
 from homer.documents import STDIN, read_document
 from homer.errors import ConfigError, HomerError
 from homer.load_options import LoadOptions
+
+if TYPE_CHECKING:
+    from cluster.client import HomerClient
 
 PROMPT = "> "
 HELP = """\
@@ -26,9 +30,11 @@ Type a question and Enter. Each is asked of the document alone: earlier ones are
 
 
 @loads_a_model(device=False)
+@asks_a_service
 def chat(
     *,
     load: LoadOptions,
+    connection: Connection,
     command: typer.Context,
     context: settings.Context,
     prefix: Annotated[str, typer.Option(help="Comes before the document.")] = "",
@@ -114,18 +120,19 @@ def chat(
                     memory_budget=memory_budget,
                     placement_timeout_seconds=placement_timeout,
                 )
-            code = _talk(server or "", retries, request, signals, as_json)
+                connection = Connection()
+            client = stack.enter_context(connection.client(server or "", retries=retries))
+            code = _talk(client, request, signals, as_json)
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     raise typer.Exit(code)
 
 
 def _talk(
-    server: str, retries: int, request: dict[str, Any], signals: settings.Signals, as_json: bool
+    client: HomerClient, request: dict[str, Any], signals: settings.Signals, as_json: bool
 ) -> ExitCode:
     """Ask until there are no more questions. Of a script's questions the last failure counts."""
     from cluster.cli.progress import progress_view
-    from cluster.client import HomerClient
 
     interactive = sys.stdin.isatty()
     failed = ExitCode.DONE
@@ -134,23 +141,22 @@ def _talk(
         with suppress(ImportError):
             import readline  # noqa: F401
         typer.echo("Ask about the document; /help says what else there is.", err=True)
-    with HomerClient(server, retries=retries) as client:
-        while True:
-            answering = False
-            try:
-                if (question := _next_question()) is None:
-                    break
-                answering = True
-                with progress_view(quiet=as_json) as view:
-                    tell_answer(client, {**request, "question": question}, view, as_json)
-            except KeyboardInterrupt:
-                if signals.terminated or not (interactive or answering):
-                    raise
-                # At the prompt it drops what was typed, as in a shell.
-                typer.echo("\nhomer: cancelled" if answering else "", err=True)
-            except HomerError as error:
-                typer.echo(f"homer: {error}", err=True)
-                failed = exit_code(error)
+    while True:
+        answering = False
+        try:
+            if (question := _next_question()) is None:
+                break
+            answering = True
+            with progress_view(quiet=as_json) as view:
+                tell_answer(client, {**request, "question": question}, view, as_json)
+        except KeyboardInterrupt:
+            if signals.terminated or not (interactive or answering):
+                raise
+            # At the prompt it drops what was typed, as in a shell.
+            typer.echo("\nhomer: cancelled" if answering else "", err=True)
+        except HomerError as error:
+            typer.echo(f"homer: {error}", err=True)
+            failed = exit_code(error)
     return ExitCode.DONE if interactive else failed
 
 

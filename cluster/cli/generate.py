@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli import settings
+from cluster.cli.connection import Connection, asks_a_service
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.load_settings import loads_a_model
 from cluster.cli.settings import DEFAULTS
@@ -26,10 +27,12 @@ OWN_RETRIES = 5
 
 
 @loads_a_model(device=False)
+@asks_a_service
 def generate(
     *,
     load: LoadOptions,
     command: typer.Context,
+    connection: Connection,
     context: settings.Context,
     question: Annotated[str, typer.Option(help="The question; it comes after the document.")],
     prefix: Annotated[str, typer.Option(help="Comes before the document.")] = "",
@@ -123,9 +126,11 @@ def generate(
                     memory_budget=memory_budget,
                     placement_timeout_seconds=placement_timeout,
                 )
+                connection = Connection()
             if retries is None:
                 retries = 0 if model is None else OWN_RETRIES
-            _ask(server or "", retries, request, view, as_json)
+            client = stack.enter_context(connection.client(server or "", retries=retries))
+            tell_answer(client, request, view, as_json)
     except KeyboardInterrupt:
         typer.echo("homer: cancelled", err=True)
         raise typer.Exit(ExitCode.INTERRUPTED) from None
@@ -143,13 +148,6 @@ def start_service(stack: ExitStack, address: str | None, **options: Any) -> str:
     alone = ServeOptions(port=0, name=f"homer-generate-{uuid.uuid4().hex}", **options)
     placed = stack.enter_context(ray_cluster(address, alone))
     return stack.enter_context(running_service(placed))
-
-
-def _ask(server: str, retries: int, request: dict[str, Any], view: Any, as_json: bool) -> None:
-    from cluster.client import HomerClient
-
-    with HomerClient(server, retries=retries) as client:
-        tell_answer(client, request, view, as_json)
 
 
 def tell_answer(client: HomerClient, request: dict[str, Any], view: Any, as_json: bool) -> None:

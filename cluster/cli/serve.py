@@ -8,6 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from cluster.cli import settings
+from cluster.cli.connection import Doors, lets_in
 from cluster.cli.load_settings import loads_a_model
 from cluster.cli.settings import DEFAULTS
 from homer.engines import Engine
@@ -15,9 +16,11 @@ from homer.load_options import LoadOptions
 
 
 @loads_a_model(device=False)
+@lets_in
 def serve(
     *,
     load: LoadOptions,
+    doors: Doors,
     model: Annotated[str, typer.Option(help="Model folder in Hugging Face format, or a model id.")],
     workers: settings.Workers = DEFAULTS.workers,
     cpu: settings.Cpu = DEFAULTS.cpu,
@@ -34,6 +37,9 @@ def serve(
     max_context_tokens: Annotated[
         int, typer.Option(help="Longest document, in tokens.", min=1)
     ] = DEFAULTS.limits.context_tokens,
+    max_calls_per_token: Annotated[
+        int, typer.Option(help="Calls that one token may have at once; 0: no limit.", min=0)
+    ] = DEFAULTS.limits.calls_per_token,
     grace_seconds: Annotated[
         float,
         typer.Option(
@@ -113,12 +119,14 @@ def serve(
             fan_in=fan_in,
             score=score,
         ),
-        limits=Limits(context_tokens=max_context_tokens),
+        limits=Limits(context_tokens=max_context_tokens, calls_per_token=max_calls_per_token),
         placement_timeout_seconds=placement_timeout,
         grace_seconds=grace_seconds,
         log_format=log_format,
         metrics_port=metrics_port,
         otlp_endpoint=otlp_endpoint,
+        security=doors.security,
+        worker_tls=doors.worker_tls,
     )
     try:
         with (

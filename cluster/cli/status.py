@@ -10,11 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from cluster.cli import settings
+from cluster.cli.connection import Connection, asks_a_service
 
 TABLE_COLUMNS = 160
 
 
+@asks_a_service
 def status(
+    *,
+    connection: Connection,
     server: settings.Server = settings.DEFAULT_SERVER,
     as_json: settings.AsJson = False,
     watch: Annotated[bool, typer.Option(help="Go on until Ctrl-C.")] = False,
@@ -27,11 +31,10 @@ def status(
     from rich.live import Live
 
     from cluster.cli.status_view import status_view
-    from cluster.client import HomerClient
 
     # Where nobody's window says how wide it is, every worker keeps its line.
     console = Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS)
-    with HomerClient(server) as client:
+    with connection.client(server) as client:
         if not watch:
             info = client.server_info()
             if as_json:

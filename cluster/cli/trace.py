@@ -9,10 +9,14 @@ from typing import Annotated
 import typer
 
 from cluster.cli import settings
+from cluster.cli.connection import Connection, asks_a_service
 from homer.errors import PromptError
 
 
+@asks_a_service
 def trace(
+    *,
+    connection: Connection,
     request_id: Annotated[
         str, typer.Argument(help="The request: as you named it, or as the service did.")
     ],
@@ -25,9 +29,8 @@ def trace(
     Open the file at https://ui.perfetto.dev or chrome://tracing.
     """
     from cluster.chrome_trace import chrome_trace
-    from cluster.client import HomerClient
 
-    with HomerClient(server) as client:
+    with connection.client(server) as client:
         answer = client.trace(request_id)
     try:
         out.write_text(json.dumps(chrome_trace(answer)) + "\n", encoding="utf-8")

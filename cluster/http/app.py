@@ -18,18 +18,22 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.async_client import AsyncHomerClient
-from cluster.client_wire import MAX_MESSAGE_BYTES, Event
+from cluster.client_wire import Event
 from cluster.errors import ServiceError
 from cluster.http.asking import Served
 from cluster.http.bodies import ChatBody, CompletionBody
 from cluster.http.errors import HttpError
+from cluster.http.middleware import Counted, HttpLimits, Limited, TokenGuard
 from homer import __version__
 from homer.errors import PromptError
+from workers.guard import AUTHORIZATION
+from workers.tls import Tls
+from workers.tokens import Tokens
 
 HEALTH_SECONDS = 5.0
+LIMITS = HttpLimits()
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,100}")
 
 
@@ -42,10 +46,25 @@ class HttpDoor:
         "host:port" of the gRPC service.
     model_name : str
         What clients call the model.
+    tokens : Tokens, optional
+        Those that callers must bring, which are the service's own: a caller's token goes on to the
+        service, and the first is the door's.
+    tls : Tls, optional
+        TLS between the door and the service.
     """
 
-    def __init__(self, address: str, model_name: str = "") -> None:
-        self._client = AsyncHomerClient(address)
+    def __init__(
+        self,
+        address: str,
+        model_name: str = "",
+        tokens: Tokens | None = None,
+        tls: Tls | None = None,
+    ) -> None:
+        self.tokens = tokens
+        self._address = address
+        self._tls = tls
+        self._client = self._connect(None if tokens is None else tokens.first)
+        self._clients: dict[str, AsyncHomerClient] = {}
         self._model_name = model_name
         self._served: Served | None = None
         self._loading = asyncio.Lock()
@@ -71,7 +90,8 @@ class HttpDoor:
             raise ServiceError("UNAVAILABLE", "no worker is ready")
 
     async def close(self) -> None:
-        await self._client.close()
+        for client in (self._client, *self._clients.values()):
+            await client.close()
 
     async def answer(self, body: ChatBody | CompletionBody, headers: Mapping[str, str]) -> Response:
         """Answer one request, at once or as a stream."""
@@ -81,7 +101,7 @@ class HttpDoor:
             request_id = uuid.uuid4().hex
         asked = await asyncio.to_thread(served.asked, body, request_id)
         answer = asked.answer
-        events = self._client.generate(**asked.request)
+        events = self._client_for(headers).generate(**asked.request)
         extra = {"X-Request-Id": request_id}
         if not body.stream:
             async with aclosing(events):
@@ -96,8 +116,20 @@ class HttpDoor:
             headers=extra,
         )
 
+    def _client_for(self, headers: Mapping[str, str]) -> AsyncHomerClient:
+        """The client with the caller's token, which the service counts requests by."""
+        if self.tokens is None:
+            return self._client
+        token = headers.get(AUTHORIZATION, "").split(" ")[-1]
+        if token not in self._clients:
+            self._clients[token] = self._connect(token)
+        return self._clients[token]
 
-def build_http(door: HttpDoor, max_body_bytes: int = MAX_MESSAGE_BYTES) -> FastAPI:
+    def _connect(self, token: str | None) -> AsyncHomerClient:
+        return AsyncHomerClient(self._address, token=token, tls=self._tls)
+
+
+def build_http(door: HttpDoor, limits: HttpLimits = LIMITS) -> FastAPI:
     """The ASGI application."""
 
     @contextlib.asynccontextmanager
@@ -110,7 +142,9 @@ def build_http(door: HttpDoor, max_body_bytes: int = MAX_MESSAGE_BYTES) -> FastA
     answered = prometheus_client.Counter(
         "homer_http_requests", "HTTP requests.", ("path", "code"), registry=registry
     )
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    # The last one is the first that a call comes to.
+    app.add_middleware(Limited, limits=limits)
+    app.add_middleware(TokenGuard, tokens=door.tokens)
     app.add_middleware(Counted, answered=answered)
 
     @app.exception_handler(HttpError)
@@ -179,54 +213,6 @@ def build_http(door: HttpDoor, max_body_bytes: int = MAX_MESSAGE_BYTES) -> FastA
         )
 
     return app
-
-
-class BodyLimit:
-    """Refuses bodies of more than `max_bytes`, before they are in memory."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        refusal = HttpError(
-            413,
-            f"the body has more than {self._max_bytes} bytes; send a shorter document",
-            code="request_too_large",
-        )
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_bytes:
-            return await refusal.response()(scope, receive, send)
-        got = 0
-
-        async def counted() -> Message:
-            nonlocal got
-            message = await receive()
-            got += len(message.get("body", b""))
-            if got > self._max_bytes:
-                raise refusal
-            return message
-
-        await self._app(scope, counted, send)
-
-
-class Counted:
-    """Counts answers by route and status."""
-
-    def __init__(self, app: ASGIApp, answered: prometheus_client.Counter) -> None:
-        self._app = app
-        self._answered = answered
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                path = getattr(scope.get("route"), "path", "other")
-                self._answered.labels(path, str(message["status"])).inc()
-            await send(message)
-
-        await self._app(scope, receive, counted if scope["type"] == "http" else send)
 
 
 def _model(served: Served) -> dict[str, Any]:

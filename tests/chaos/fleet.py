@@ -72,6 +72,7 @@ class Seat:
             *self._command,
             "--host",
             self.host.listen,
+            "--insecure-no-token",
             stdout=asyncio.subprocess.PIPE,
             stderr=self._log,
             cwd=REPOSITORY,

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,13 +21,17 @@ from cluster.options import ServeOptions
 from cluster.pool import WorkerPool
 from cluster.scheduler import Scheduler
 from cluster.worker_client import GrpcWorkerClient
+from homer.v1 import worker_pb2_grpc
 from tests.golden_cases import model_dir
+from workers.channels import Credentials
 
 T = TypeVar("T")
 
 # More than any test takes at once; Ray does not look whether the machine has as many.
 LOGICAL_CPUS = 32
 DEADLINE_SECONDS = 60.0
+# What the workers of services ask for that tests look into.
+WORKER_TOKEN = "the-token-of-workers-in-tests"
 # Short, since each character is a token; like many it trims what is said.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] | trim }}\n"
@@ -42,6 +46,16 @@ def poll(condition: Callable[[], bool], what: str, seconds: float = DEADLINE_SEC
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds:g} s in vain: {what}")
         time.sleep(0.02)
+
+
+@contextmanager
+def worker_stub(address: str) -> Iterator[worker_pb2_grpc.WorkerStub]:
+    """For calls to a service's worker, past the service."""
+    channel = Credentials(WORKER_TOKEN).channel(address, ())
+    try:
+        yield worker_pb2_grpc.WorkerStub(channel)
+    finally:
+        channel.close()
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +159,13 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(ray_session: None, text_model: Path) -> Iterator[HomerClient]:
     """A client of a service of two workers with a tokenizer."""
     options = ServeOptions(
-        model=str(text_model), cpu=True, workers=2, port=0, name="shared", worker_host=LOOPBACK
+        model=str(text_model),
+        cpu=True,
+        workers=2,
+        port=0,
+        name="shared",
+        worker_host=LOOPBACK,
+        worker_token=WORKER_TOKEN,
     )
     with ExitStack() as stack:
         address = stack.enter_context(running_service(options))

@@ -23,8 +23,8 @@ from cluster.scheduler import Scheduler
 from cluster.scheduler_options import SchedulerOptions
 from homer import HomerConfig, HomerModel, MergePlan
 from homer.v1 import long_context_pb2 as pb
-from homer.v1 import worker_pb2, worker_pb2_grpc
-from tests.cluster.conftest import Run, connected
+from homer.v1 import worker_pb2
+from tests.cluster.conftest import WORKER_TOKEN, Run, connected, worker_stub
 from tests.cluster.fakes import FakeWorker, expected_tokens, make_job, make_pool
 from tests.cluster.test_scheduler import assert_nothing_left
 from tests.cluster.test_service import CONTEXT, QUESTION
@@ -198,13 +198,12 @@ def test_a_service_with_a_leaf_worker_answers_as_one_without(
     *_, expected = service.generate(**request)
     options = ServeOptions(
         model=str(text_model), cpu=True, workers=1, leaf_workers=1, port=0, name=uuid.uuid4().hex,
-        worker_host=LOOPBACK,
+        worker_host=LOOPBACK, worker_token=WORKER_TOKEN,
     )  # fmt: skip
     with running_service(options) as address, HomerClient(address) as client:
         *_, summary = client.generate(**request)
         leaf = next(one for one in client.server_info().workers if one.name == "worker-1")
-        with grpc.insecure_channel(leaf.address) as channel:
-            stub = worker_pb2_grpc.WorkerStub(channel)
+        with worker_stub(leaf.address) as stub:
             info = stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=10)
         status = CliRunner().invoke(app, ["status", "--server", address])
     assert isinstance(expected, pb.Summary)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import grpc
 import psutil
 import pytest
 import ray
@@ -14,15 +13,15 @@ from cluster.client import HomerClient
 from cluster.launch import LOOPBACK, running_service
 from cluster.options import ServeOptions
 from homer.errors import ConfigError
-from homer.v1 import worker_pb2, worker_pb2_grpc
-from tests.cluster.conftest import poll
+from homer.v1 import worker_pb2
+from tests.cluster.conftest import WORKER_TOKEN, poll, worker_stub
 from tests.cluster.test_service import CONTEXT, QUESTION, answer
 
 
 def follower_of(worker: str) -> psutil.Process:
     """The rank beside the one that serves at this address."""
-    with grpc.insecure_channel(worker) as channel:
-        info = worker_pb2_grpc.WorkerStub(channel).GetWorkerInfo(worker_pb2.GetWorkerInfoRequest())
+    with worker_stub(worker) as stub:
+        info = stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest())
     (follower,) = (
         child
         for child in psutil.Process(info.process_id).children()
@@ -48,6 +47,7 @@ def test_a_group_is_placed_answers_and_is_started_again(
         port=0,
         name="ranked",
         worker_host=LOOPBACK,
+        worker_token=WORKER_TOKEN,
     )
     free = ray.available_resources()["CPU"]
     with running_service(options) as address, HomerClient(address) as client:

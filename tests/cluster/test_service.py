@@ -18,8 +18,8 @@ from cluster.errors import ServiceError
 from cluster.text import PromptTokenizer
 from homer import HomerConfig, HomerModel
 from homer.v1 import long_context_pb2 as pb
-from homer.v1 import long_context_pb2_grpc, sampling_pb2, worker_pb2, worker_pb2_grpc
-from tests.cluster.conftest import poll
+from homer.v1 import long_context_pb2_grpc, sampling_pb2, worker_pb2
+from tests.cluster.conftest import poll, worker_stub
 from tests.golden_cases import GoldenCase
 
 CONTEXT = "The quick brown fox jumps over the lazy dog. " * 12
@@ -250,8 +250,7 @@ def test_an_address_without_a_service() -> None:
 
 def worker_stats(service: HomerClient) -> Iterator[worker_pb2.GetWorkerStatsResponse]:
     for worker in service.server_info().workers:
-        with grpc.insecure_channel(worker.address) as channel:
-            stub = worker_pb2_grpc.WorkerStub(channel)
+        with worker_stub(worker.address) as stub:
             yield stub.GetWorkerStats(worker_pb2.GetWorkerStatsRequest())
 
 

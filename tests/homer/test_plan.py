@@ -343,3 +343,9 @@ def test_a_subtree_is_a_node_and_all_below_it(
         node.context_start,
         node.context_end,
     )
+
+
+def test_a_plan_of_far_too_many_leaves_is_refused_before_it_is_made() -> None:
+    config = HomerConfig(max_chunk_len=4, target_len=4, warmup_layers=1)
+    with pytest.raises(PlanError, match=r"takes 33554432 leaves of 2 tokens.*raise max_chunk_len"):
+        MergePlan.build(1, 1 << 26, 1, 12, config)

@@ -118,6 +118,7 @@ def test_the_example_of_the_documents_starts_a_service_with_what_it_says(
         raise ConfigError("far enough")
 
     monkeypatch.setattr("cluster.launch.ray_cluster", note)
+    monkeypatch.setenv("HOMER_TOKENS", "anna=the-token-that-anna-has")
     assert homer("--config", file, "serve", "--workers", "2").stderr == "homer: far enough\n"
     (options,) = started
     written = tomllib.loads(EXAMPLE)

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc
 import torch
 
 from homer import MergePlan
 from homer.plan import NodeId
 from homer.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
+from workers.channels import NO_CREDENTIALS, Credentials
 from workers.plan_wire import write_node, write_plan
 from workers.transport import CHANNEL_OPTIONS
 
@@ -38,8 +38,15 @@ def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 class WorkerProcess:
     """`python -m workers` in a process of its own, and a client to it."""
 
-    def __init__(self, model: Path, *options: str, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *options: str,
+        log: Path | None = None,
+        credentials: Credentials = NO_CREDENTIALS,
+    ) -> None:
         self.log = log
+        self._credentials = credentials
         command = [sys.executable, "-m", "workers", "--model", str(model), "--threads", "1"]
         self.process = subprocess.Popen(
             [*command, "--device", "cpu", "--dtype", "float32", *options],
@@ -55,7 +62,7 @@ class WorkerProcess:
         words = dict(word.split("=") for word in self.ready_line.split()[2:])
         self.address = f"{words['host']}:{words['port']}"
         self.reported_pid = int(words["pid"])
-        self.channel = grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        self.channel = self._credentials.channel(self.address, CHANNEL_OPTIONS)
         self.stub = worker_pb2_grpc.WorkerStub(self.channel)
         return self
 
@@ -98,9 +105,11 @@ class WorkerProcess:
 
 
 @contextmanager
-def running_workers(model: Path, *options: str, count: int = 1) -> Iterator[list[WorkerProcess]]:
+def running_workers(
+    model: Path, *options: str, count: int = 1, **settings: Any
+) -> Iterator[list[WorkerProcess]]:
     """Workers that start side by side, and are stopped at the end."""
-    workers = [WorkerProcess(model, *options) for _ in range(count)]
+    workers = [WorkerProcess(model, *options, **settings) for _ in range(count)]
     try:
         yield [worker.wait_until_ready() for worker in workers]
     finally:

@@ -9,8 +9,9 @@ import socket
 import subprocess
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import openai
@@ -20,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.client import HomerClient
 from cluster.http.app import HttpDoor, build_http
+from cluster.http.middleware import HttpLimits
 from homer.v1 import long_context_pb2 as pb
 from tests.cluster.conftest import poll
 from tests.cluster.test_service import CONTEXT, LONG_CONTEXT
@@ -31,7 +33,9 @@ CHAT: Any = [{"role": "system", "content": "Read."}, {"role": "user", "content":
 
 
 @contextmanager
-def serving(address: str, **settings: Any) -> Iterator[str]:
+def serving(
+    address: str, door: Mapping[str, Any] = MappingProxyType({}), **settings: Any
+) -> Iterator[str]:
     """The HTTP door of the service at `address`, on a port of this machine; gives its URL."""
 
     listening = socket.create_server(("127.0.0.1", 0))
@@ -40,7 +44,7 @@ def serving(address: str, **settings: Any) -> Iterator[str]:
     server: list[uvicorn.Server] = []
 
     async def run() -> None:
-        app = build_http(HttpDoor(address), **settings)
+        app = build_http(HttpDoor(address, **door), **settings)
         server.append(uvicorn.Server(uvicorn.Config(app, log_level="warning")))
         ready.set()
         await server[0].serve([listening])
@@ -241,7 +245,7 @@ def test_mistakes_are_told_in_openais_shape(
 
 
 def test_what_is_too_long_is_refused(service: HomerClient) -> None:
-    with serving(service.address, max_body_bytes=1000) as small:
+    with serving(service.address, limits=HttpLimits(body_bytes=1000)) as small:
         code, answer = post(small, "/v1/completions", json.dumps({"prompt": "x" * 2000}).encode())
         assert code == 413
         assert answer["error"]["code"] == "request_too_large"

@@ -76,6 +76,9 @@ def test_the_shipped_configuration_answers_chats_until_it_is_told_to_end(tmp_pat
         ({"model": "m", "workers": "two"}, "workers is 'two'; use a number"),
         ({"model": "m", "cpu": "perhaps"}, "cpu is 'perhaps'; use true or false"),
         ({"model": "m", "workers": 0}, "workers"),
+        ({"model": "m", "tokens_file": "/nowhere"}, "cannot read the tokens file /nowhere"),
+        ({"model": "m", "tls": {"cert": "c", "key": "k"}}, "tls needs the ca"),
+        ({"model": "m", "tls": {"cert": "c"}}, "tls"),
     ],
 )
 def test_arguments_that_are_wrong_are_refused(args: dict[str, Any], problem: str) -> None:

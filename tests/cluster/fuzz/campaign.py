@@ -1,0 +1,136 @@
+"""Sends messages that nobody means to a service, and notes how each call ends.
+
+Knows nothing about what the service is, but for valid messages to begin with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from tests.cluster.fuzz.mutate import broken, mutated, random_message
+
+AT_ONCE = 8
+# Far more than any of these calls takes; a caller who waits so long has met one that hangs.
+HANGS_SECONDS = 60.0
+# What a service says that does not know what happened.
+NEVER = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DEADLINE_EXCEEDED}
+MOST_TOKENS = 16
+
+
+@dataclass
+class Report:
+    """How the calls ended, by method and status; and those that ended as none should."""
+
+    ends: Counter[tuple[str, str]] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def calls(self) -> int:
+        return self.ends.total()
+
+    def __str__(self) -> str:
+        lines = [
+            f"{count:7} {method:18} {code}" for (method, code), count in sorted(self.ends.items())
+        ]
+        return "\n".join([*lines, *self.faults])
+
+
+async def fuzz(
+    channel: grpc.aio.Channel,
+    service: Any,
+    seeds: Callable[[str, random.Random], Sequence[Message]],
+    count: int,
+    seed: int,
+) -> Report:
+    """Send `count` messages to the methods of a service in turn, some at once.
+
+    Parameters
+    ----------
+    service : descriptor of the service
+    seeds : callable
+        Valid messages of a method, by its name.
+    """
+    report = Report()
+    turn = iter(range(count))
+
+    async def send() -> None:
+        for number in turn:
+            draw = random.Random(f"{seed}/{number}")
+            method = service.methods[number % len(service.methods)]
+            raws = [raw_message(method, seeds, draw) for _ in range(_messages(method, draw))]
+            await _call(channel, service, method, raws, report, number)
+
+    await asyncio.gather(*(send() for _ in range(AT_ONCE)))
+    return report
+
+
+def raw_message(
+    method: Any, seeds: Callable[[str, random.Random], Sequence[Message]], draw: random.Random
+) -> bytes:
+    """What is sent to a method: now and then a valid message, so that the others meet its state."""
+    kind: Any = GetMessageClass(method.input_type)
+    valid = draw.choice(seeds(method.name, draw) or [kind()])
+    chance = draw.random()
+    if chance < 0.1:
+        message = valid
+    elif chance < 0.6:
+        message = mutated(valid, draw)
+    elif chance < 0.75:
+        message = random_message(kind, draw)
+    else:
+        raw = broken(valid.SerializeToString(), draw)
+        try:
+            message = kind.FromString(raw)
+        except DecodeError:
+            return raw
+    return bounded(message).SerializeToString()
+
+
+def bounded(message: Message) -> Message:
+    """The message with a short answer where it asks for a long one: that is no fault."""
+    for holder in (message, getattr(message, "request", None)):
+        sampling = getattr(holder, "sampling", None)
+        if sampling is not None and not 0 < sampling.max_tokens <= MOST_TOKENS:
+            sampling.max_tokens = MOST_TOKENS if sampling.max_tokens < 2**16 else 2**32 - 1
+    return message
+
+
+async def _call(
+    channel: grpc.aio.Channel,
+    service: Any,
+    method: Any,
+    raws: list[bytes],
+    report: Report,
+    number: int,
+) -> None:
+    multi: Any = channel.stream_stream(f"/{service.full_name}/{method.name}", None, None)
+    call = multi(iter(raws), timeout=HANGS_SECONDS)
+    try:
+        async for _ in call:
+            pass
+    except grpc.aio.AioRpcError:
+        pass
+    code = await call.code()
+    report.ends[method.name, code.name] += 1
+    gone = code is grpc.StatusCode.UNAVAILABLE and not _is_told(await call.trailing_metadata())
+    if code in NEVER or gone:
+        what = [raw.hex() for raw in raws]
+        report.faults.append(f"{number}: {method.name} {code.name}: {await call.details()} {what}")
+
+
+def _is_told(metadata: Any) -> bool:
+    """Whether the service itself says that something is not there, and not the network."""
+    return any(key in ("homer-error", "retry-after") for key, _ in metadata or ())
+
+
+def _messages(method: Any, draw: random.Random) -> int:
+    return draw.randrange(4) if method.client_streaming else 1

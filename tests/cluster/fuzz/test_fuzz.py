@@ -1,0 +1,180 @@
+"""Messages that nobody means, to workers, to the gRPC door and to the HTTP door.
+
+FUZZ says how many go to each gRPC service (to each HTTP route a twentieth of that), SEED which.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grpc
+import pytest
+import schemathesis
+import torch
+from google.protobuf.message import Message
+from hypothesis import HealthCheck, Phase, seed, settings
+from schemathesis.checks import not_a_server_error
+
+from cluster.client import HomerClient
+from homer import HomerConfig, MergePlan
+from homer.v1 import long_context_pb2 as pb
+from homer.v1 import tensor_pb2, worker_pb2
+from tests.cluster.conftest import Run
+from tests.cluster.fuzz.campaign import MOST_TOKENS, Report, fuzz
+from tests.cluster.http.test_http import serving
+from tests.cluster.test_service import CONTEXT, QUESTION, answer, assert_nothing_held
+from tests.golden_cases import model_dir
+from tests.workers.processes import Prompt, WorkerProcess, release, run_across, running_workers
+
+MESSAGES = int(os.environ.get("FUZZ", "400"))
+SEED = int(os.environ.get("SEED", "1"))
+REQUESTS = 12
+LAYERS = 8
+ASK: Any = {"context": CONTEXT, "question": QUESTION, "sampling": {"max_tokens": 4}}
+
+
+def prompt(request_id: str) -> Prompt:
+    config = HomerConfig(max_chunk_len=24, target_len=24, warmup_layers=1)
+    plan = MergePlan.build(2, 60, 3, LAYERS, config)
+    draw = torch.Generator().manual_seed(7)
+    parts = [torch.randint(100, (length,), generator=draw) for length in (2, 60, 3)]
+    return Prompt.of(request_id, plan, parts)
+
+
+def worker_seeds(addresses: Sequence[str]) -> Any:
+    """Valid calls of a worker, for one of a few requests: some find what others left."""
+
+    def seeds(method: str, draw: random.Random) -> list[Message]:
+        asked = prompt(f"fuzz-{draw.randrange(REQUESTS)}-{draw.randrange(1 + MESSAGES // 200)}")
+        plan, attempt = asked.plan, draw.randrange(3)
+        node = draw.choice(plan.nodes)
+        wanted = tensor_pb2.TransferOptions()
+        match method:
+            case "RunSubtree":
+                return [asked.subtree(node.id, attempt)]
+            case "Merge":
+                merge = draw.choice([one for one in plan.nodes if one.children])
+                places = [draw.choice(("", *addresses)) for _ in merge.children]
+                return [asked.merge(merge.id, places, attempt)]
+            case "FetchState":
+                id_ = worker_pb2.NodeId(height=node.id.height, index=node.id.index)
+                return [
+                    worker_pb2.FetchStateRequest(
+                        request_id=asked.request_id, node=id_, transfer=wanted
+                    )
+                ]
+            case "GatherKv":
+                kept = sorted(draw.sample(range(60), 9))
+                return [
+                    worker_pb2.GatherKvRequest(
+                        request_id=asked.request_id, context_indices=kept, transfer=wanted
+                    )
+                ]
+            case "GenerateTokens":
+                return [asked.generate(draw.sample(addresses, 1), 4, attempt)]
+            case "Prune":
+                return [asked.prune(node.id, range(node.context_start, node.context_end, 2))]
+            case "Drop":
+                return [asked.drop(node.id, attempt)]
+            case "Release" if draw.random() < 0.3:
+                return [worker_pb2.ReleaseRequest(request_id=asked.request_id)]
+        return []
+
+    return seeds
+
+
+def door_seeds(method: str, draw: random.Random) -> list[Message]:
+    if method != "Generate":
+        return []
+    text = pb.TextPrompt(
+        prefix="Read: ", context=CONTEXT[: draw.randrange(5, 400)], suffix=QUESTION
+    )
+    ids = pb.TokenPrompt(prefix_ids=[1], context_ids=range(100), suffix_ids=[2, 3])
+    sampling: Any = {"max_tokens": 2, "temperature": draw.choice((0, 0.7)), "stop": ["x"]}
+    compression: Any = {
+        "max_chunk_len": 64,
+        "target_len": 48,
+        "warmup_layers": 1,
+        "score": "random",
+    }
+    return [
+        pb.GenerateRequest(text=text, sampling=sampling),
+        pb.GenerateRequest(tokens=ids, sampling=sampling, compression=compression, priority=3),
+    ]
+
+
+async def run_fuzz(address: str, service: Any, seeds: Any, count: int) -> Report:
+    async with grpc.aio.insecure_channel(address) as channel:
+        return await fuzz(channel, service, seeds, count, SEED)
+
+
+@pytest.fixture(scope="module")
+def fuzzed_workers() -> Iterator[list[WorkerProcess]]:
+    with running_workers(model_dir("A"), "--peer-stall-seconds", "1", count=2) as pair:
+        yield pair
+
+
+@pytest.mark.timeout(60 + MESSAGES)
+def test_workers_answer_whatever_comes(fuzzed_workers: list[WorkerProcess], run: Run[Any]) -> None:
+    before = run_across(prompt("before"), fuzzed_workers, 0).tokens
+    release(prompt("before"), fuzzed_workers)
+    service = worker_pb2.DESCRIPTOR.services_by_name["Worker"]
+    addresses = [worker.address for worker in fuzzed_workers]
+    report = run(run_fuzz(addresses[0], service, worker_seeds(addresses), MESSAGES))
+    print(report)
+    assert report.faults == []
+    assert report.calls == MESSAGES
+    # Some of it was work, else this would show little.
+    assert report.ends["RunSubtree", "OK"] > 0
+    for worker in fuzzed_workers:
+        worker.stub.Reset(worker_pb2.ResetRequest())
+        assert worker.holds_nothing()
+        assert worker.stats().reserved_bytes == 0
+    assert run_across(prompt("after"), fuzzed_workers, 0).tokens == before
+    release(prompt("after"), fuzzed_workers)
+
+
+@pytest.mark.timeout(60 + MESSAGES)
+def test_the_grpc_door_answers_whatever_comes(service: HomerClient, run: Run[Any]) -> None:
+    before = answer(service, **ASK)[1].text
+    described = pb.DESCRIPTOR.services_by_name["LongContext"]
+    report = run(run_fuzz(service.address, described, door_seeds, MESSAGES))
+    print(report)
+    assert report.faults == []
+    assert report.calls == MESSAGES
+    assert report.ends["Generate", "OK"] > 0
+    assert_nothing_held(service)
+    assert answer(service, **ASK)[1].text == before
+
+
+@pytest.fixture(scope="module")
+def http_schema(service: HomerClient) -> Iterator[Any]:
+    with serving(service.address) as url:
+        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+
+schema = schemathesis.pytest.from_fixture("http_schema")
+
+
+@schema.parametrize()
+@seed(SEED)
+@settings(
+    max_examples=max(5, MESSAGES // 20),
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+def test_the_http_door_answers_whatever_comes(case: Any) -> None:
+    body = case.body
+    if isinstance(body, dict):
+        # Nearly no random name is a model's, and a long answer is no fault.
+        body["model"] = "B"
+        for name in ("max_tokens", "max_completion_tokens"):
+            if isinstance(body.get(name), int) and body[name] > MOST_TOKENS:
+                body[name] = MOST_TOKENS
+        body.setdefault("max_tokens", MOST_TOKENS)
+    response = case.call(timeout=60)
+    case.validate_response(response, checks=[not_a_server_error])
