@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -42,6 +43,7 @@ _log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_SECONDS = 30.0
 RESTART_POLL_SECONDS = 0.2
+REACH_SECONDS = 10.0
 LOOPBACK = "127.0.0.1"
 WORKER_TOKEN_BYTES = 32
 
@@ -74,6 +76,7 @@ def ray_cluster(
     on_term = signal.getsignal(signal.SIGTERM)
     try:
         if address is not None:
+            _check_reachable(address)
             try:
                 ray.init(address=address, **common)
             except (ConnectionError, RuntimeError, ValueError) as error:
@@ -103,6 +106,21 @@ def ray_cluster(
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray would try for minutes, and write about it."""
+    host, _, port = address.rpartition(":")
+    # Names like auto, and Ray Client's ray://, are for Ray to look up.
+    if not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise PlacementError(
+            f"no Ray cluster answers at {address}: {error}; start one there (ray start --head), or "
+            "give another address"
+        ) from error
 
 
 def _largest(options: ServeOptions) -> list[WorkerSpec]:

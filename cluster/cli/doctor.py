@@ -82,7 +82,7 @@ def _check(report: Any, cpu: bool, host: str, port: int, address: str | None) ->
             try:
                 stack.enter_context(ray_cluster(address, DEFAULTS))
             except PlacementError as error:
-                change = "start one (ray start --head), or give another --address"
+                change = "ray start --head there, or give another --address"
                 checks.append(Check("Ray cluster", "fail", str(error), change, address))
             else:
                 nodes = gather_nodes()

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cluster.machine import Gpu, MachineFacts, port_is_free
 from cluster.machine_checks import Check, check_machine, check_model_memory, check_nodes
 from cluster.node_facts import gather_nodes
 from homer.demo import MODEL_DIR
+from tests.cluster.processes import BIN
 from tests.project.command_line import Homer, homer
 
 __all__ = ["homer"]
@@ -155,6 +157,23 @@ def test_each_node_of_a_cluster_tells_of_itself(ray_session: None) -> None:
     assert node.node in found.clock_offsets
     # One machine, one clock: what differs is how long a call takes.
     assert abs(found.clock_offsets[node.node]) < 1.0
+
+
+def test_the_command_joins_a_cluster_and_checks_its_nodes(ray_session: None) -> None:
+    address = ray.get_runtime_context().gcs_address
+    command = [str(BIN / "homer"), "doctor", "--cpu", "--json", "--address"]
+    for given, alive in ((address, True), ("127.0.0.1:9", False)):
+        done = subprocess.run([*command, given], capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr
+        checks = {check["subject"]: check for check in json.loads(done.stdout)["checks"]}
+        if alive:
+            assert checks["ray of all nodes"]["found"] == ray.__version__
+            assert checks["clock"]["status"] == "ok"
+            assert "Ray cluster" not in checks
+        else:
+            assert done.returncode == 1
+            assert checks["Ray cluster"]["status"] == "fail"
+            assert "ray start" in checks["Ray cluster"]["change"]
 
 
 def test_the_command_tells_of_this_machine_the_model_and_the_port(homer: Homer) -> None:

@@ -42,6 +42,7 @@ MISTAKES = [
     ("serve --model m --placement anywhere", 2, "anywhere"),
     ("serve --model m --memory-budget lots", 2, "lots"),
     ("serve --model m --log-format xml", 2, "xml"),
+    ("serve --model m --address S", 3, "no Ray cluster answers at S"),
     ("serve --model m --score best", 2, "'--score'"),
     ("generate --question ?", 2, "Missing option '--context'"),
     ("generate --context words.txt --question ?", 2, "give either --model or --server"),
