@@ -15,9 +15,11 @@ from ray.serve.schema import ServeDeploySchema
 from cluster.serve import DoorArgs
 from tests.deploy.commands import parse_homer
 from tests.deploy.kubernetes import ROOT, tool
+from workers.tokens import Tokens
 
 FOLDER = ROOT / "deploy"
 GPU = ["compose.yaml"]
+TOKEN = "0123456789abcdef0123456789abcdef"
 CPU = ["compose.yaml", "compose.cpu.yaml"]
 
 
@@ -28,7 +30,7 @@ def composed(files: list[str], **variables: str) -> dict[str, Any]:
         [tool("docker-compose"), *options, "--profile", "*", "config", "--format", "json"],
         capture_output=True,
         text=True,
-        env={"PATH": os.environ["PATH"], **variables},
+        env={"PATH": os.environ["PATH"], "HOMER_TOKEN": TOKEN, **variables},
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -73,6 +75,17 @@ def test_the_http_door_stands_before_that_service(files: list[str]) -> None:
     check = serve["healthcheck"]["test"]
     assert check[:2] == ["CMD", "homer"]
     assert parse_homer(check[2:])["server"] == f"127.0.0.1:{port}"
+
+
+def test_who_calls_must_show_the_token_that_was_exported() -> None:
+    read = composed(GPU)
+    for name in ("homer", "http"):
+        lines = read["services"][name]["environment"]["HOMER_TOKENS"]
+        assert Tokens(lines).name_of(f"Bearer {TOKEN}") == "user"
+    assert read["services"]["homer"]["environment"]["HOMER_TOKEN"] == TOKEN
+    assert read["configs"]["token"] == {"environment": "HOMER_TOKEN", "name": "homer_token"}
+    with pytest.raises(AssertionError, match="openssl rand"):
+        composed(GPU, HOMER_TOKEN="")
 
 
 def test_ports_are_the_loopbacks_and_files_that_are_mounted_are_there() -> None:

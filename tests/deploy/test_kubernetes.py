@@ -112,6 +112,14 @@ def test_homer_serve_takes_its_settings_and_is_reached_where_others_look(folder:
     assert options["port"] == ports["grpc"]
     assert options["metrics_port"] == ports["metrics"]
     assert options["host"] == "0.0.0.0"
+    # The coordinator and the workers, which are processes of Ray's containers, read them too.
+    assert options["tokens_file"] is not None
+    groups_pods = [group["template"]["spec"] for group in groups(cluster["spec"]).values()]
+    for container in (one for pod in groups_pods for one in pod["containers"]):
+        mounts = {one["mountPath"] for one in container["volumeMounts"]}
+        for name, file in options.items():
+            if file is not None and name.endswith(("tokens_file", "tls_cert", "tls_key", "tls_ca")):
+                assert str(Path(file).parent) in mounts, (container["name"], name)
     selector = service["selector"]
     assert selector["ray.io/cluster"] == cluster["metadata"]["name"]
     group = groups(cluster["spec"])[selector["ray.io/group"]]
@@ -191,7 +199,9 @@ SERVE_FILES = [ROOT / "deploy" / "serve.yaml", MANIFESTS / "http" / "ray-service
 
 
 @pytest.mark.parametrize("file", SERVE_FILES, ids=lambda file: file.name)
-def test_serve_takes_its_config_and_the_application_its_arguments(file: Path) -> None:
+def test_serve_takes_its_config_and_the_application_its_arguments(
+    file: Path, tmp_path: Path
+) -> None:
     config = yaml.safe_load(file.read_text())
     if config.get("kind") == "RayService":
         config = yaml.safe_load(config["spec"]["serveConfigV2"])
@@ -199,6 +209,11 @@ def test_serve_takes_its_config_and_the_application_its_arguments(file: Path) ->
     unknown = set(config) - set(read.model_dump(exclude_unset=True, by_alias=True))
     assert not unknown
     (application,) = read.applications
-    door = DoorArgs(**application.args)
+    arguments = dict(application.args)
+    if arguments.get("host", "127.0.0.1") != "127.0.0.1":
+        assert arguments["tokens_file"] == "/etc/homer/tokens/tokens"
+        arguments["tokens_file"] = str(tmp_path / "tokens")
+        (tmp_path / "tokens").write_text("user=0123456789abcdef")
+    door = DoorArgs(**arguments)
     assert door.options().model == application.args["model"]
     assert {one.name for one in application.deployments} <= {"Service", "Door"}

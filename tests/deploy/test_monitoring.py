@@ -6,6 +6,7 @@ That the metrics exist is tested on a running service, in `tests/cluster/test_se
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ def rules() -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
-def test_prometheus_takes_its_configuration_and_the_rules() -> None:
-    done = promtool("check", "config", "prometheus.yaml")
+def test_prometheus_takes_its_configuration_and_the_rules(tmp_path: Path) -> None:
+    for name in ("prometheus.yaml", "rules.yaml"):
+        shutil.copy(MONITORING / name, tmp_path)
+    (tmp_path / "token").write_text("0123456789abcdef")
+    done = promtool("check", "config", str(tmp_path / "prometheus.yaml"))
     assert done.returncode == 0, done.stderr
 
 
