@@ -10,7 +10,16 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from cluster.job import CacheReady, Job, JobEvent, JobProgress, JobSummary, NodeDone, StageSeconds
+from cluster.job import (
+    CacheReady,
+    Job,
+    JobEvent,
+    JobProgress,
+    JobSummary,
+    NodeDone,
+    StageSeconds,
+    Stop,
+)
 from cluster.run import JobRun
 from homer.plan import NodeId
 
@@ -54,7 +63,9 @@ class Active:
         # Its estimated tokens of KV by the number of pieces into which it is cut.
         self.footprints: dict[int, float] = {}
         self.passes = 0
-        self.delivered: list[int] = []
+        # Of each answer: the tokens that its caller has, and why it ended.
+        self.delivered: list[list[int]] = [[] for _ in range(job.answers)]
+        self.finish_reasons: dict[int, Stop] = {}
         self.cache: CacheReady | None = None
         self.answer: asyncio.Task[None] | None = None
         self.answer_attempt = 0
@@ -134,8 +145,16 @@ class Active:
             )
         )
 
-    def summary(self, finish: str, cache: CacheReady, ended: float) -> JobSummary:
-        """The last event. Stages that had to be run again count into those that came after."""
+    def answer_ended(self, answer: int, reason: Stop) -> bool:
+        """An answer has all its tokens; whether all answers have."""
+        self.finish_reasons.setdefault(answer, reason)
+        return len(self.finish_reasons) == self.job.answers
+
+    def summary(self, cache: CacheReady, ended: float) -> JobSummary:
+        """The last event, when all answers have ended.
+
+        Stages that had to be run again count into those that came after.
+        """
         times = self.times
         started = times.started or times.submitted
         leaves = times.leaves or started
@@ -144,8 +163,8 @@ class Active:
         # Where the answer is empty its end is the first that is heard of it.
         first = times.first_token or ended
         return JobSummary(
-            generated_tokens=len(self.delivered),
-            finish_reason="stop" if finish == "stop" else "length",
+            generated_tokens=sum(map(len, self.delivered)),
+            finish_reasons=[self.finish_reasons[answer] for answer in range(self.job.answers)],
             kept_tokens=cache.cache_tokens,
             context_indices=cache.context_indices,
             seconds=StageSeconds(

@@ -79,7 +79,8 @@ class Answers:
             for name in sorted(run.homes() - {member.name})
             if (home := core.members.get(name))
         ]
-        events = member.client.generate(job, active.answer_attempt, shards, active.delivered[:])
+        delivered = [tokens[:] for tokens in active.delivered]
+        events = member.client.generate(job, active.answer_attempt, shards, delivered)
         cache: CacheReady | None = None
         async with aclosing(core.heard(member, events)) as heard:
             async for event in heard:
@@ -87,15 +88,15 @@ class Answers:
                     case CacheReady():
                         cache, run.parked = event, True
                         self._cache_ready(active, member, event)
-                    case TokenOut(token_id):
-                        active.delivered.append(token_id)
+                    case TokenOut(token_id, answer):
+                        active.delivered[answer].append(token_id)
                         active.times.first_token = active.times.first_token or core.now()
                         core.observer.token(active.job)
                         active.events.put_nowait(event)
                     case GenerateDone() if cache is not None:
-                        summary = active.summary(event.finish_reason, cache, core.now())
-                        active.events.put_nowait(summary)
-                        return
+                        if active.answer_ended(event.answer, event.finish_reason):
+                            active.events.put_nowait(active.summary(cache, core.now()))
+                            return
         raise WorkerCallError(f"{member.name} ended an answer before it was complete")
 
     def _cache_ready(self, active: Active, member: Member, ready: CacheReady) -> None:

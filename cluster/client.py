@@ -13,14 +13,13 @@ from typing import Self
 
 from cluster.async_client import AsyncHomerClient
 from cluster.client_request import ClientRequest, from_keywords
-from cluster.client_wire import CHANNEL_OPTIONS, Event, event_of, service_errors
+from cluster.client_wire import CHANNEL_OPTIONS, Event, event_of, service_errors, start_call
 from cluster.errors import ServiceError
 from cluster.retry import Attempts, check_retries
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc
 from workers.channels import Credentials
 from workers.tls import Tls
-from workers.tracing import caller_metadata
 
 __all__ = ["AsyncHomerClient", "ClientRequest", "HomerClient", "Tls"]
 
@@ -100,19 +99,23 @@ class HomerClient:
         attempts = Attempts(self.retries, request.timeout_seconds)
         while True:
             try:
-                with closing(self._events(message, attempts.begin())) as events:
+                with closing(self._events(request, message, attempts.begin())) as events:
                     for event in events:
-                        if not isinstance(event, pb.Token) or attempts.is_new(event.token_id):
+                        if not isinstance(event, pb.Token) or attempts.is_new(
+                            event.token_id, event.answer
+                        ):
                             yield event
                 return
             except ServiceError as error:
                 delay = attempts.delay_after(error)
             time.sleep(delay)
 
-    def _events(self, message: pb.GenerateRequest, timeout: float | None) -> Generator[Event]:
+    def _events(
+        self, request: ClientRequest, message: pb.GenerateRequest, timeout: float | None
+    ) -> Generator[Event]:
         """The events of one attempt."""
         with service_errors(self.address):
-            call = self._stub.Generate(message, timeout=timeout, metadata=caller_metadata())
+            call = start_call(self._stub, request, message, timeout)
             try:
                 for response in call:
                     yield event_of(response)
@@ -141,3 +144,52 @@ class HomerClient:
         request = pb.GetTraceRequest(request_id=request_id)
         with service_errors(self.address):
             return self._stub.GetTrace(request, timeout=timeout_seconds)
+
+    def abort(self, request_id: str, timeout_seconds: float = 30.0) -> int:
+        """End the requests of a name; returns how many. Their callers get CANCELLED.
+
+        Raises
+        ------
+        ServiceError
+            NOT_FOUND where none of that name waits or runs.
+        """
+        request = pb.AbortRequest(request_id=request_id)
+        with service_errors(self.address):
+            aborted = self._stub.Abort(request, timeout=timeout_seconds)
+            return int(aborted.aborted_requests)
+
+    def count_tokens(
+        self,
+        context: str,
+        question: str = "",
+        prefix: str = "",
+        timeout_seconds: float = 30.0,
+    ) -> pb.CountTokensResponse:
+        """How many tokens a prompt has, by the service's tokenizer.
+
+        Raises
+        ------
+        ServiceError
+            When the service has no tokenizer, or cannot be reached.
+        """
+        text = pb.TextPrompt(prefix=prefix, context=context, suffix=question)
+        request = pb.CountTokensRequest(text=text)
+        with service_errors(self.address):
+            counts: pb.CountTokensResponse = self._stub.CountTokens(
+                request, timeout=timeout_seconds
+            )
+            return counts
+
+    def model_info(self, timeout_seconds: float = 30.0) -> pb.GetModelInfoResponse:
+        """The model, its limits, and the settings for requests that bring none.
+
+        Raises
+        ------
+        ServiceError
+            When the service cannot be reached.
+        """
+        with service_errors(self.address):
+            info: pb.GetModelInfoResponse = self._stub.GetModelInfo(
+                pb.GetModelInfoRequest(), timeout=timeout_seconds
+            )
+            return info

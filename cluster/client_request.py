@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -18,6 +18,8 @@ from homer.v1 import sampling_pb2
 from workers.plan_wire import PLAN_KINDS
 
 SEED_BITS = 63
+# Longer documents are sent in pieces; no piece has more than four times as many bytes.
+PIECE_LENGTH = 1 << 18
 
 P = ParamSpec("P")
 Self = TypeVar("Self")
@@ -71,8 +73,24 @@ class ClientRequest:
         if len({isinstance(part, str) for part in parts}) > 1:
             raise TypeError("give prefix, context and question all as text or all as token ids")
 
+    @property
+    def is_long(self) -> bool:
+        """Whether its document is sent in pieces, behind a message without it."""
+        return len(self.context) > PIECE_LENGTH
+
+    def pieces(self) -> Iterator[pb.GenerateFromStreamRequest]:
+        """The document as it is sent in pieces."""
+        for start in range(0, len(self.context), PIECE_LENGTH):
+            piece: Any = self.context[start : start + PIECE_LENGTH]
+            if isinstance(piece, str):
+                yield pb.GenerateFromStreamRequest(context_utf8=piece.encode())
+            else:
+                yield pb.GenerateFromStreamRequest(context_ids=pb.TokenIds(ids=piece))
+
     def to_wire(self, *, repeatable: bool = False) -> pb.GenerateRequest:
-        """The message. Where it is to be `repeatable` and samples, it has a seed.
+        """The message, without a long document.
+
+        Where it is to be `repeatable` and samples, it has a seed.
 
         Raises
         ------
@@ -94,9 +112,9 @@ class ClientRequest:
             priority=self.priority,
         )
         prefix: Any = self.prefix if len(self.prefix) else None
-        context: Any = self.context
+        context: Any = None if self.is_long else self.context
         question: Any = self.question
-        if isinstance(context, str):
+        if isinstance(self.context, str):
             message.text.CopyFrom(pb.TextPrompt(prefix=prefix, context=context, suffix=question))
         else:
             message.tokens.CopyFrom(

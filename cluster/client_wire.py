@@ -7,17 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import grpc
 from google.protobuf.json_format import MessageToDict
 
+from cluster.client_request import ClientRequest
 from cluster.errors import ServiceError
 from cluster.retry import RETRY_AFTER
 from homer.v1 import long_context_pb2 as pb
+from workers.tracing import caller_metadata
 
 MAX_MESSAGE_BYTES = 64 << 20
+KEEPALIVE_SECONDS = 20
+PING_TIMEOUT_SECONDS = 10
+# A peer that has gone without a word is found by pings, while there are calls.
+KEEPALIVE_OPTIONS = (
+    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", PING_TIMEOUT_SECONDS * 1000),
+    # Where this is longer, it is what counts.
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_SECONDS * 1000),
+    # A tree may take minutes between two events.
+    ("grpc.http2.max_pings_without_data", 0),
+)
 CHANNEL_OPTIONS = (
+    *KEEPALIVE_OPTIONS,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # A service that restarts is back in seconds.
@@ -28,9 +43,20 @@ CHANNEL_OPTIONS = (
 Event = pb.Accepted | pb.Progress | pb.Token | pb.Summary
 
 
-def event_of(response: pb.GenerateResponse) -> Event:
+def start_call(
+    stub: Any, request: ClientRequest, message: pb.GenerateRequest, timeout: float | None
+) -> Any:
+    """The call that answers `request`, whose `message` has no document where that is long."""
+    options: dict[str, Any] = {"timeout": timeout, "metadata": caller_metadata()}
+    if not request.is_long:
+        return stub.Generate(message, **options)
+    first = pb.GenerateFromStreamRequest(request=message)
+    return stub.GenerateFromStream(chain([first], request.pieces()), **options)
+
+
+def event_of(response: pb.GenerateResponse | pb.GenerateFromStreamResponse) -> Event:
     """The event in a message of the answer."""
-    event: Event = getattr(response, response.WhichOneof("event") or "")
+    event: Event = getattr(response, str(response.WhichOneof("event")))
     return event
 
 
@@ -61,7 +87,9 @@ def summary_to_json(summary: pb.Summary) -> dict[str, Any]:
     # JSON from protobuf writes 64-bit integers as text.
     for name in ("prompt_tokens", "moved_bytes"):
         fields[name] = int(fields[name])
-    fields["finish_reason"] = fields["finish_reason"].removeprefix("FINISH_REASON_").lower()
+    for answer in (fields, *fields["answers"]):
+        reason = answer["finish_reason"]
+        answer["finish_reason"] = reason.removeprefix("FINISH_REASON_").lower()
     return fields
 
 

@@ -71,7 +71,7 @@ class Coordinator:
     async def drain(self, grace_seconds: float) -> None:
         """Close the doors; requests that run may take `grace_seconds` to end."""
         if self._door is not None:
-            await self._door.stop(grace_seconds)
+            await self._door.drain(grace_seconds)
 
     async def drain_node(self, node_id: str, grace_seconds: float) -> dict[str, bool]:
         """Let what runs on a node end before it goes: its workers, and the doors, if it has them.
@@ -97,6 +97,7 @@ class Coordinator:
 
     async def _start(self) -> str:
         options = self._options
+        door, port = await self._listen()
         _, (config, tokenizer) = await asyncio.gather(
             self._pool.start(), asyncio.to_thread(_load_settings, options)
         )
@@ -105,7 +106,7 @@ class Coordinator:
             self._scheduler, info, config, tokenizer, options.limits, self._seeing
         )
         service.absent_workers = self._pool.absent
-        port = await self._open(service)
+        await door.serve(service)
         # After the door: where this is a restart, the port of the one before is free by then.
         self._seeing.start(options.host, options.metrics_port, options.security)
         any_host = options.host in ("0.0.0.0", "[::]", "::")
@@ -121,15 +122,21 @@ class Coordinator:
                     _log.warning("no information: %s", error)
             await asyncio.sleep(0.1)
 
-    async def _open(self, service: LongContextService) -> int:
-        """Open the door, on the port where the service was reached before, if it was."""
+    async def _listen(self) -> tuple[GrpcDoor, int]:
+        """The door and its port, which is where the service was reached before, if it was."""
         before = await result(self._keeper.door_port.remote())
         deadline = asyncio.get_running_loop().time() + PORT_TIMEOUT_SECONDS
         while True:
             options = self._options
-            door = GrpcDoor(service, options.host, before or options.port, options.security)
+            door = GrpcDoor(
+                options.host,
+                before or options.port,
+                options.limits,
+                options.security,
+                with_reflection=options.reflection,
+            )
             try:
-                port = await door.start()
+                port = await door.listen()
                 break
             except OSError:
                 if not before or asyncio.get_running_loop().time() > deadline:
@@ -137,7 +144,7 @@ class Coordinator:
                 await asyncio.sleep(0.1)
         self._door = door
         await result(self._keeper.remember_door_port.remote(port))
-        return port
+        return door, port
 
 
 def _load_settings(options: ServeOptions) -> tuple[HomerConfig, PromptTokenizer | None]:

@@ -55,6 +55,14 @@ class CapacityError(HomerError):
     """A request needs more memory than all workers together have: trying again does not help."""
 
 
+class NotServingError(HomerError):
+    """The service has not loaded its model yet, or is about to end."""
+
+
+class RequestAbortedError(HomerError):
+    """Somebody else than its caller has ended a request."""
+
+
 class ServiceError(HomerError):
     """A Homer service refused or failed a request; `code` is the gRPC status code's name.
 

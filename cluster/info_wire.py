@@ -5,8 +5,10 @@ Knows nothing about gRPC servers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
+from cluster.client_request import compression_to_wire
 from cluster.clocks import Clocks
 from cluster.service import LongContextService
 from cluster.timeline import Slice, Timeline
@@ -35,6 +37,28 @@ _KINDS = {
     "refresh": pb.TraceSlice.KIND_REFRESH,
     "decode": pb.TraceSlice.KIND_DECODE,
 }
+
+
+def model_info(service: LongContextService) -> pb.GetModelInfoResponse:
+    """What is the same for every request."""
+    info, limits = service.info, service.limits
+    return pb.GetModelInfoResponse(
+        model=info.model,
+        model_type=info.model_type,
+        dtype=info.dtype,
+        num_layers=info.num_layers,
+        vocab_size=info.vocab_size,
+        model_window=info.max_position_embeddings,
+        kv_bytes_per_token=info.kv_bytes_per_token,
+        has_tokenizer=service.has_tokenizer,
+        calibrated=info.calibrated,
+        max_context_tokens=limits.context_tokens,
+        max_document_bytes=limits.document_bytes,
+        max_message_bytes=limits.message_bytes,
+        max_new_tokens=limits.new_tokens,
+        max_answers=limits.answers,
+        compression=compression_to_wire(dataclasses.asdict(service.config)),
+    )
 
 
 def server_info(

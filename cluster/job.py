@@ -28,6 +28,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
     ignore_eos: bool = False
+    logprobs: int | None = None
 
 
 class JobSpans(Protocol):
@@ -50,9 +51,10 @@ class JobSpans(Protocol):
 class Job:
     """One request: a plan and the token ids that it is for.
 
-    Of two requests that wait, the one of higher `priority` goes first; each also rises with its
-    age. Workers may report finished nodes together, up to `report_seconds` after each other. Where
-    `with_evidence` is set they tell which tokens each node kept.
+    From its one cache come as many `answers` as are wanted. Of two requests that wait, the one of
+    higher `priority` goes first; each also rises with its age. Workers may report finished nodes
+    together, up to `report_seconds` after each other. Where `with_evidence` is set they tell which
+    tokens each node kept.
     """
 
     request_id: str
@@ -61,6 +63,7 @@ class Job:
     context_ids: Sequence[int]
     suffix_ids: Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
+    answers: int = 1
     priority: int = 0
     # What traces it, where something does.
     spans: JobSpans | None = field(default=None, compare=False, repr=False)
@@ -108,20 +111,32 @@ class CacheReady:
 
 
 @dataclass(frozen=True)
-class TokenOut:
-    """One generated token."""
+class Logprob:
+    """A token's log-probability, by the model alone."""
 
     token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenOut:
+    """One generated token of an answer; what it was chosen from where that is asked for."""
+
+    token_id: int
+    answer: int = 0
+    logprob: Logprob | None = None
+    top_logprobs: Sequence[Logprob] = ()
 
 
 @dataclass(frozen=True)
 class GenerateDone:
-    """The answer is complete."""
+    """An answer is complete."""
 
     generated_tokens: int
     finish_reason: Stop
     decode_seconds: float
     started_unix_seconds: float = field(default=0.0, kw_only=True)
+    answer: int = field(default=0, kw_only=True)
 
 
 GenerateEvent = CacheReady | TokenOut | GenerateDone
@@ -161,10 +176,10 @@ class StageSeconds:
 
 @dataclass(frozen=True)
 class JobSummary:
-    """The last event of a job."""
+    """The last event of a job: tokens of all its answers, and why each of them ended."""
 
     generated_tokens: int
-    finish_reason: Stop
+    finish_reasons: Sequence[Stop]
     kept_tokens: int
     context_indices: Sequence[int]
     seconds: StageSeconds
@@ -172,6 +187,11 @@ class JobSummary:
     nodes_by_worker: dict[str, int]
     # With evidence: of each node the result that counts, and the worker that it came from.
     evidence: Mapping[NodeId, tuple[str, NodeDone]] = field(default_factory=dict)
+
+    @property
+    def finish_reason(self) -> Stop:
+        """Of the first answer."""
+        return self.finish_reasons[0]
 
 
 JobEvent = JobProgress | CacheReady | TokenOut | JobSummary
@@ -291,9 +311,12 @@ class WorkerClient(Protocol):
         job: Job,
         attempt: int,
         shard_addresses: Sequence[str],
-        resume_token_ids: Sequence[int] = (),
+        delivered: Sequence[Sequence[int]] = (),
     ) -> AsyncIterator[GenerateEvent]:
-        """Answer; the tokens of `resume_token_ids` are taken as given, and only others come."""
+        """Answer; of each answer the `delivered` tokens are taken as given, and only others come.
+
+        A `GenerateDone` for each answer.
+        """
         ...
 
     async def drop(self, request_id: str, node: NodeId, attempt: int) -> None:

@@ -101,6 +101,8 @@ class ServeOptions:
         coordinator.
     host, port
         Where the gRPC door listens; port 0 is any free one.
+    reflection : bool
+        Whether the door tells its services and messages to clients that ask.
     name : str
         The coordinator actor's name in Ray's namespace "homer".
     placement_timeout_seconds : float
@@ -151,6 +153,7 @@ class ServeOptions:
     worker_host: str | None = None
     host: str = "127.0.0.1"
     port: int = 50051
+    reflection: bool = True
     name: str = "homer"
     compression: CompressionOverrides = field(default_factory=CompressionOverrides)
     limits: Limits = field(default_factory=Limits)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter, defaultdict
 
 from cluster.errors import ServiceError
 from homer.errors import ConfigError
@@ -63,9 +64,9 @@ class Attempts:
         self._replay.begin()
         return None if self._deadline is None else self._deadline - time.monotonic()
 
-    def is_new(self, token_id: int) -> bool:
+    def is_new(self, token_id: int, answer: int) -> bool:
         """As `Replay.is_new`."""
-        return self._replay.is_new(token_id)
+        return self._replay.is_new(token_id, answer)
 
     def delay_after(self, error: ServiceError) -> float:
         """How long to wait before the next attempt; raises `error` where there is none."""
@@ -91,33 +92,33 @@ def check_retries(retries: int) -> int:
 
 
 class Replay:
-    """The tokens of one answer over several attempts: none is given to the caller twice.
+    """The tokens of answers over several attempts: none is given to the caller twice.
 
-    It needs an answer that is the same each time: greedy, or with a seed.
+    It needs answers that are the same each time: greedy, or with a seed.
     """
 
     def __init__(self) -> None:
-        self._given: list[int] = []
-        self._position = 0
+        self._given: defaultdict[int, list[int]] = defaultdict(list)
+        self._positions: Counter[int] = Counter()
 
     def begin(self) -> None:
         """A new attempt: its tokens come from the first one on."""
-        self._position = 0
+        self._positions.clear()
 
-    def is_new(self, token_id: int) -> bool:
-        """Whether the caller does not have this attempt's next token, `token_id`, already.
+    def is_new(self, token_id: int, answer: int = 0) -> bool:
+        """Whether the caller does not have the next token of an answer, `token_id`, already.
 
         Raises
         ------
         ServiceError
             When the answer is another one than before.
         """
-        position = self._position
-        self._position += 1
-        if position == len(self._given):
-            self._given.append(token_id)
+        position, given = self._positions[answer], self._given[answer]
+        self._positions[answer] += 1
+        if position == len(given):
+            given.append(token_id)
             return True
-        if self._given[position] != token_id:
+        if given[position] != token_id:
             raise ServiceError(
                 "DATA_LOSS",
                 f"the request was made again, and token {position} of its answer came out another "

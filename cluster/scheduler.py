@@ -20,7 +20,13 @@ from cluster.answers import Answers
 from cluster.core import Core
 from cluster.cut import cut_plan
 from cluster.dispatch import Dispatcher
-from cluster.errors import CapacityError, NoWorkersError, OverloadedError, WorkerLostError
+from cluster.errors import (
+    CapacityError,
+    NoWorkersError,
+    OverloadedError,
+    RequestAbortedError,
+    WorkerLostError,
+)
 from cluster.heartbeat import Heartbeat
 from cluster.job import Job, JobEvent, JobSummary, Outcome, SchedulerLoad, WorkerClient
 from cluster.members import Member
@@ -219,6 +225,8 @@ class Scheduler:
         except OverloadedError:
             outcome = "refused"
             raise
+        except RequestAbortedError:
+            raise
         except Exception:
             outcome = "failed"
             raise
@@ -227,11 +235,19 @@ class Scheduler:
             ending = self._core.keep(self._end(active))
             await asyncio.shield(ending)
 
-    def stop_answer(self, request_id: str) -> None:
-        """End a job whose answer is long enough: its summary comes next, as if it had stopped."""
+    def stop_answer(self, request_id: str, answer: int = 0) -> None:
+        """An answer is long enough. With the last one the job ends: its summary comes next."""
         active = self._actives.get(request_id)
-        if active is not None and active.cache is not None and not active.ending:
-            active.events.put_nowait(active.summary("stop", active.cache, self._core.now()))
+        if active is None or active.cache is None or active.ending:
+            return
+        if active.answer_ended(answer, "stop"):
+            active.events.put_nowait(active.summary(active.cache, self._core.now()))
+
+    def abort(self, request_id: str, error: RequestAbortedError) -> None:
+        """End a job, wherever it is, with `error`; nothing where it does not run."""
+        active = self._actives.get(request_id)
+        if active is not None and not active.ending:
+            active.fail(error)
 
     async def drain(self) -> None:
         """Wait for what goes on behind ended jobs."""

@@ -14,12 +14,15 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+from cluster.errors import RequestAbortedError
 from cluster.job import (
     CacheReady,
     Job,
     JobProgress,
     JobSummary,
+    Logprob,
     Sampling,
+    Stop,
     TokenOut,
     WorkerInfo,
 )
@@ -43,8 +46,10 @@ REPORT_SECONDS_PER_WORKER = 0.002
 class Limits:
     """The most that one request, or one caller, may ask for.
 
-    A message of a request comes within `read_seconds`, and a caller who reads nothing of an answer
-    for `write_seconds` loses it.
+    `document_bytes` bounds a document that is sent in pieces, `all_documents_bytes` those that are
+    there at the same time; whatever is in one message is bounded by `message_bytes`. A message of a
+    request comes within `read_seconds`, and a caller who reads nothing of an answer for
+    `write_seconds` loses it.
     """
 
     message_bytes: int = 64 << 20
@@ -52,8 +57,11 @@ class Limits:
     calls_per_token: int = 256
     read_seconds: float = 120.0
     write_seconds: float = 60.0
+    document_bytes: int = 256 << 20
+    all_documents_bytes: int = 1 << 30
     context_tokens: int = 1 << 20
     new_tokens: int = 1 << 16
+    answers: int = 16
 
 
 @dataclass(frozen=True)
@@ -72,10 +80,21 @@ class Request:
     prompt: TextPrompt | PromptIds
     request_id: str = ""
     sampling: Sampling = field(default_factory=Sampling)
+    answers: int = 1
     stop: Sequence[str] = ()
     compression: Mapping[str, Any] = field(default_factory=dict)
+    return_kept_indices: bool = False
     priority: int = 0
     return_evidence: bool = False
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request between its arrival and its end; it has a job once it was understood."""
+
+    request_id: str
+    job_id: str = ""
+    aborted: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,21 +112,57 @@ class Accepted:
 
 @dataclass(frozen=True)
 class TokenText:
-    """A generated token, and the text that became certain with it."""
+    """A generated token, and the text that became certain with it.
+
+    `logprobs` are its own and then those of the likeliest, each with its token as text, where they
+    were asked for.
+    """
 
     token_id: int
     text: str
+    answer: int = 0
+    logprobs: Sequence[tuple[Logprob, str]] = ()
+
+
+class AnswerText:
+    """An answer as it grows: its tokens, and its text up to where a stop string begins."""
+
+    def __init__(self, tokenizer: PromptTokenizer | None, stops: Sequence[str]) -> None:
+        self._stream = tokenizer.stream() if tokenizer else None
+        self._stops = StopText(stops)
+        self._pieces: list[str] = []
+        self.token_ids: list[int] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended it."""
+        return self._stops.stopped
+
+    def push(self, token_id: int) -> str:
+        """Take the next token; returns the text that became certain with it."""
+        self.token_ids.append(token_id)
+        text = self._stops.push(self._stream.push(token_id)) if self._stream else ""
+        self._pieces.append(text)
+        return text
+
+    def finish(self) -> None:
+        """Take the text that was held back."""
+        if self._stream:
+            self._pieces.append(self._stops.push(self._stream.finish()) + self._stops.finish())
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The whole answer; `document` is there where evidence was asked for of a text."""
+    """All answers, complete; `document` is there where evidence was asked for of a text."""
 
     request_id: str
     job: Job
     summary: JobSummary
-    token_ids: Sequence[int]
-    text: str
+    answers: Sequence[AnswerText]
     document: LocatedText | None = None
 
 
@@ -153,6 +208,24 @@ class LongContextService:
         self.seeing.watch.scheduler = scheduler
         self.absent_workers: Callable[[], Mapping[str, str]] = dict
         self._tokenizer = tokenizer
+        self._running: set[_Running] = set()
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it takes and gives text."""
+        return self._tokenizer is not None
+
+    def abort(self, request_id: str) -> int:
+        """End the requests of a name, their callers' or the service's own; returns how many."""
+        named = [
+            one
+            for one in self._running
+            if request_id in (one.request_id, one.job_id) and not one.aborted
+        ]
+        for one in named:
+            one.aborted = True
+            self.scheduler.abort(one.job_id, _aborted(one))
+        return len(named)
 
     async def generate(self, request: Request) -> AsyncIterator[ServiceEvent]:
         """Answer `request`. Close the iterator to cancel.
@@ -163,48 +236,69 @@ class LongContextService:
             When the request cannot be answered as it is.
         WorkerLostError, WorkerCallError
             When the workers failed.
+        RequestAbortedError
+            When somebody ended it by its name.
         """
-        # Tokenizing a long document takes seconds: other requests must not wait for it.
-        request_id = request.request_id or uuid.uuid4().hex
+        running = _Running(request.request_id or uuid.uuid4().hex)
+        self._running.add(running)
+        try:
+            async with aclosing(cast(Any, self._generate(request, running))) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._running.remove(running)
+
+    async def _generate(self, request: Request, running: _Running) -> AsyncIterator[ServiceEvent]:
+        request_id = running.request_id
         log_about(request_id=request_id)
+        # Tokenizing a long document takes seconds: other requests must not wait for it.
         job = await asyncio.to_thread(self._prepare, request, request_id)
+        running.job_id = job.request_id
         log_about(request_id=job.request_id)
         uncalibrated = job.plan.config.wants_bias and not self.info.calibrated
         yield Accepted(request_id, job, self.scheduler.subtrees(job.plan), uncalibrated)
-        text = self._tokenizer.stream() if self._tokenizer else None
-        stops = StopText(request.stop)
-        token_ids: list[int] = []
-        pieces: list[str] = []
+        if running.aborted:
+            # The scheduler did not know it yet.
+            raise _aborted(running)
+        answers = [AnswerText(self._tokenizer, request.stop) for _ in range(job.answers)]
         # An async generator has `aclose`, which AsyncIterator does not promise.
         async with aclosing(cast(Any, self.scheduler.run(job))) as events:
             async for event in events:
                 match event:
-                    case TokenOut() if stops.stopped:
-                        # Was on its way when the answer was ended.
-                        continue
-                    case TokenOut(token_id):
-                        token_ids.append(token_id)
-                        pieces.append(stops.push(text.push(token_id)) if text else "")
-                        yield TokenText(token_id, pieces[-1])
-                        if stops.stopped:
-                            self.scheduler.stop_answer(job.request_id)
+                    case TokenOut(token_id, number):
+                        answer = answers[number]
+                        if answer.stopped:
+                            # Was on its way when the answer was ended.
+                            continue
+                        text = answer.push(token_id)
+                        yield TokenText(token_id, text, number, self._with_text(event))
+                        if answer.stopped:
+                            self.scheduler.stop_answer(job.request_id, number)
                     case JobSummary():
-                        if text:
-                            pieces.append(stops.push(text.finish()) + stops.finish())
-                        if stops.stopped:
-                            event = replace(
-                                event, generated_tokens=len(token_ids), finish_reason="stop"
-                            )
-                        whole = "".join(pieces)
+                        for answer in answers:
+                            answer.finish()
+                        count = sum(len(answer.token_ids) for answer in answers)
+                        reasons: list[Stop] = [
+                            "stop" if answer.stopped else reason
+                            for answer, reason in zip(answers, event.finish_reasons, strict=True)
+                        ]
+                        event = replace(event, generated_tokens=count, finish_reasons=reasons)
                         document = await asyncio.to_thread(self._document, request)
-                        yield Finished(request_id, job, event, token_ids, whole, document)
+                        yield Finished(request_id, job, event, answers, document)
                     case _:
                         yield event
+
+    def _with_text(self, token: TokenOut) -> list[tuple[Logprob, str]]:
+        if token.logprob is None:
+            return []
+        found = (token.logprob, *token.top_logprobs)
+        spell = self._tokenizer.spell if self._tokenizer else lambda _: ""
+        return [(one, spell(one.token_id)) for one in found]
 
     def _prepare(self, request: Request, request_id: str) -> Job:
         prompt = request.prompt
         if isinstance(prompt, TextPrompt):
-            prompt = self._tokenize(prompt)
+            prompt = self.tokenize(prompt)
         if len(prompt.context) > self.limits.context_tokens:
             raise PromptError(
                 f"the context has {len(prompt.context)} tokens; this service takes at most "
@@ -221,6 +315,11 @@ class LongContextService:
             raise PromptError(
                 f"max_tokens is {request.sampling.max_new_tokens}; this service generates at most "
                 f"{self.limits.new_tokens}"
+            )
+        if not 1 <= request.answers <= self.limits.answers:
+            raise PromptError(
+                f"n is {request.answers}; this service gives from 1 to {self.limits.answers} "
+                "answers"
             )
         if request.stop and self._tokenizer is None:
             raise PromptError(
@@ -258,6 +357,7 @@ class LongContextService:
             plan,
             *prompt,
             sampling=sampling,
+            answers=request.answers,
             priority=request.priority,
             spans=self.seeing.spans(job_id, plan),
             # All workers together report no more than a few hundred times a second.
@@ -272,10 +372,21 @@ class LongContextService:
             return None
         return self._tokenizer.locate(prompt.context)
 
-    def _tokenize(self, prompt: TextPrompt) -> PromptIds:
+    def tokenize(self, prompt: TextPrompt) -> PromptIds:
+        """The token ids of a prompt.
+
+        Raises
+        ------
+        ModelError
+            When the model has no tokenizer.
+        """
         if self._tokenizer is None:
             raise ModelError(
                 f"the model {self.info.model} has no tokenizer: send token ids, or put its "
                 "tokenizer files beside it"
             )
         return self._tokenizer.prompt_ids(prompt.prefix, prompt.context, prompt.suffix)
+
+
+def _aborted(running: _Running) -> RequestAbortedError:
+    return RequestAbortedError(f"request {running.request_id!r} was aborted")

@@ -132,6 +132,11 @@ class PromptTokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def spell(self, token_id: int) -> str:
+        """One token alone as text, special tokens too."""
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
+
     def stream(self) -> TextStream:
         """Decodes tokens one by one."""
         return TextStream(self)

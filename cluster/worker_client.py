@@ -17,6 +17,7 @@ from cluster.job import (
     GenerateDone,
     GenerateEvent,
     Job,
+    Logprob,
     MergeDone,
     NodeDone,
     Sampling,
@@ -171,15 +172,15 @@ class GrpcWorkerClient:
         job: Job,
         attempt: int,
         shard_addresses: Sequence[str],
-        resume_token_ids: Sequence[int] = (),
+        delivered: Sequence[Sequence[int]] = (),
     ) -> AsyncIterator[GenerateEvent]:
         request = worker_pb2.GenerateTokensRequest(
             request=request_spec(job),
             node=write_node(job.plan.root.id),
             attempt=attempt,
             shard_addresses=shard_addresses,
-            resume_token_ids=resume_token_ids,
-            sampling=wire_sampling(job.sampling),
+            delivered=[worker_pb2.DeliveredTokens(token_ids=ids) for ids in delivered],
+            sampling=wire_sampling(job.sampling, job.answers),
         )
         with self._errors():
             async for event in self._stub.GenerateTokens(
@@ -197,7 +198,7 @@ class GrpcWorkerClient:
                             started_unix_seconds=ready.started_unix_seconds,
                         )
                     case "token":
-                        yield TokenOut(event.token.token_id)
+                        yield _token(event.token)
                     case "summary":
                         stopped = event.summary.finish_reason == sampling_pb2.FINISH_REASON_STOP
                         yield GenerateDone(
@@ -205,6 +206,7 @@ class GrpcWorkerClient:
                             finish_reason="stop" if stopped else "length",
                             decode_seconds=event.summary.decode_seconds,
                             started_unix_seconds=event.summary.started_unix_seconds,
+                            answer=event.summary.answer,
                         )
 
     async def drop(self, request_id: str, node: NodeId, attempt: int) -> None:
@@ -266,7 +268,16 @@ def request_spec(job: Job) -> worker_pb2.RequestSpec:
     )
 
 
-def wire_sampling(sampling: Sampling) -> sampling_pb2.SamplingParams:
+def _token(piece: worker_pb2.TokenPiece) -> TokenOut:
+    if not piece.HasField("logprob"):
+        return TokenOut(piece.token_id, piece.answer)
+    chosen, *top = (
+        Logprob(one.token_id, one.logprob) for one in (piece.logprob, *piece.top_logprobs)
+    )
+    return TokenOut(piece.token_id, piece.answer, chosen, top)
+
+
+def wire_sampling(sampling: Sampling, answers: int = 1) -> sampling_pb2.SamplingParams:
     return sampling_pb2.SamplingParams(
         max_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
@@ -276,4 +287,6 @@ def wire_sampling(sampling: Sampling) -> sampling_pb2.SamplingParams:
         repetition_penalty=sampling.repetition_penalty,
         seed=sampling.seed,
         ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        n=answers,
     )

@@ -14,7 +14,7 @@ import torch
 
 from homer.context import CompressedContext
 from homer.decode import DecodeCache, decode_step
-from homer.sampling import SamplingParams, TokenSampler
+from homer.sampling import SamplingParams, TokenLogprobs, TokenSampler
 from homer.stack import LayerStack
 
 
@@ -65,6 +65,11 @@ class Answer:
     def tokens(self) -> list[int]:
         """What was chosen so far."""
         return self._sampler.generated
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Of each token that was chosen, where the settings ask for them."""
+        return self._sampler.logprobs
 
     @property
     def is_full(self) -> bool:

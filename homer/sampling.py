@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from homer.errors import ConfigError
 class SamplingParams:
     """Sampling settings by their usual names; the defaults are greedy decoding.
 
-    `repetition_penalty` counts generated tokens, not the prompt.
+    `repetition_penalty` counts generated tokens, not the prompt. With `logprobs` each token's
+    log-probability is kept, and those of as many tokens that were likeliest.
     """
 
     max_new_tokens: int = 256
@@ -33,6 +35,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         problems = {
@@ -42,10 +45,37 @@ class SamplingParams:
             "top_k must be 0 (off) or more": self.top_k >= 0,
             "min_p must be from 0 (off) to 1": 0 <= self.min_p <= 1,
             "repetition_penalty must be above 0": self.repetition_penalty > 0,
+            "logprobs must be 0 or more": self.logprobs is None or self.logprobs >= 0,
         }
         for message, holds in problems.items():
             if not holds:
                 raise ConfigError(f"{message}; got {getattr(self, message.split()[0])}")
+
+    def for_answer(self, number: int) -> SamplingParams:
+        """The settings of one of several answers: the first has the seed, others follow from it."""
+        if self.seed is None or not number:
+            return self
+        digest = hashlib.blake2b(f"{self.seed}:{number}".encode(), digest_size=8).digest()
+        return replace(self, seed=int.from_bytes(digest))
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely the model took a token to be, and which it took to be likeliest.
+
+    Natural logarithms of the model's own probabilities, before temperature, penalties and cuts.
+    """
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
+        """Of `token` among `logits` of shape (vocab,), and of the `count` likeliest."""
+        logprobs = torch.log_softmax(logits, dim=-1)
+        top = torch.topk(logprobs, min(count, len(logprobs)))
+        return cls(float(logprobs[token]), top.indices.tolist(), top.values.tolist())
 
 
 class TokenSampler:
@@ -54,6 +84,7 @@ class TokenSampler:
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
         self.generated: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
         self._processors = LogitsProcessorList()
         if params.repetition_penalty != 1.0:
             self._processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
@@ -78,7 +109,8 @@ class TokenSampler:
         With `forced` it is that one; the draw is made nonetheless, so that later ones are the same.
         """
         # On the CPU, so that a seed means the same on every device.
-        scores = logits.detach().float().cpu()[None]
+        plain = logits.detach().float().cpu()
+        scores = plain[None]
         so_far: Any = torch.tensor([self.generated], dtype=torch.int64)
         scores = self._processors(so_far, scores)
         if self._generator is None:
@@ -87,5 +119,7 @@ class TokenSampler:
             probabilities = torch.softmax(scores[0], dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=self._generator))
         token = token if forced is None else forced
+        if self.params.logprobs is not None:
+            self.logprobs.append(TokenLogprobs.of(plain, token, self.params.logprobs))
         self.generated.append(token)
         return token

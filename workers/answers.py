@@ -5,14 +5,16 @@ Knows nothing about gRPC servers.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from homer.context import CompressedContext
 from homer.finish import CacheBuilder
 from homer.generation import Answer, FinishReason
-from homer.sampling import SamplingParams
+from homer.sampling import SamplingParams, TokenLogprobs
 from homer.state import NodeState
 from homer.v1 import worker_pb2
 from workers.batcher import Batcher
@@ -46,27 +48,53 @@ class Answering:
         held: HeldRequest,
         addresses: Sequence[str],
         params: SamplingParams,
-        resume: Sequence[int],
+        count: int,
+        delivered: Sequence[Sequence[int]],
         emit: Emit,
     ) -> None:
-        """Gather the final cache, once per request, and decode from it.
+        """Gather the final cache, once per request, and decode `count` answers from it.
 
-        The tokens of `resume` were delivered already: they are decoded again, but not emitted.
+        What was `delivered` of them already is decoded again, but not emitted.
         """
         ready = await self._cache_ready(held, addresses, params.max_new_tokens)
-        context = ready.context
         emit(worker_pb2.GenerateTokensResponse(cache_ready=ready.message))
+        copies = (count - 1) * ready.context.nbytes
+        what = f"{count} answers of up to {params.max_new_tokens} tokens"
+        with self.budget.reserve(copies, what) if copies else nullcontext():
+            try:
+                async with asyncio.TaskGroup() as answers:
+                    for number in range(count):
+                        known = delivered[number] if number < len(delivered) else ()
+                        own = params.for_answer(number)
+                        answers.create_task(self._decode(ready.context, own, number, known, emit))
+            except ExceptionGroup as failed:
+                raise failed.exceptions[0] from None
+
+    async def _decode(
+        self,
+        context: CompressedContext,
+        params: SamplingParams,
+        number: int,
+        known: Sequence[int],
+        emit: Emit,
+    ) -> None:
+        """Decode one answer to its end; its first tokens may be `known`."""
         began, started = time.time(), time.perf_counter()
-        cache = await self.engine.move(self.model.decode_cache, context, params.max_new_tokens)
-        answer = Answer(self.model.stack, cache, params, forced=resume)
+        beside = number > 0
+        cache = await self.engine.move(
+            self.model.decode_cache, context, params.max_new_tokens, beside
+        )
+        answer = Answer(self.model.stack, cache, params, forced=known)
         count = 0
 
         def take(token: int) -> None:
             nonlocal count
             count += 1
-            if count > len(resume):
+            if count > len(known):
                 self.counters.generated_tokens += 1
-                piece = worker_pb2.TokenPiece(token_id=token)
+                piece = worker_pb2.TokenPiece(token_id=token, answer=number)
+                if params.logprobs is not None:
+                    _add_logprobs(piece, answer.logprobs[count - 1])
                 emit(worker_pb2.GenerateTokensResponse(token=piece))
 
         # The first token needs no model run, and does not wait for others'.
@@ -83,6 +111,7 @@ class Answering:
             finish_reason=FINISH_REASONS[reason],
             decode_seconds=time.perf_counter() - started,
             started_unix_seconds=began,
+            answer=number,
         )
         self.tracing.record(
             "decode", began, summary.decode_seconds, attributes={"tokens.out": count}
@@ -165,6 +194,12 @@ class _Ready:
             cache_tokens=context.cache_len, context_indices=context.context_indices.tolist()
         )
         return cls(context, message)
+
+
+def _add_logprobs(piece: worker_pb2.TokenPiece, found: TokenLogprobs) -> None:
+    piece.logprob.token_id, piece.logprob.logprob = piece.token_id, found.logprob
+    for token, logprob in zip(found.top_ids, found.top_logprobs, strict=True):
+        piece.top_logprobs.add(token_id=token, logprob=logprob)
 
 
 def _add_arrived(builder: CacheBuilder, gather: Gather) -> None:

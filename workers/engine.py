@@ -95,9 +95,14 @@ class LoadedModel:
         """What runs the nodes of a request."""
         return TreeEncoder(self.stack, plan, prefix_ids, suffix_ids, self.bias)
 
-    def decode_cache(self, context: CompressedContext, room_tokens: int) -> DecodeCache:
-        """A cache for an answer of so many tokens: in the context's own room where it has that."""
-        if context.room_tokens >= room_tokens:
+    def decode_cache(
+        self, context: CompressedContext, room_tokens: int, beside: bool = False
+    ) -> DecodeCache:
+        """A cache for an answer of so many tokens: in the context's own room where it has that.
+
+        One that is decoded `beside` another has memory of its own.
+        """
+        if context.room_tokens >= room_tokens and not beside:
             return DecodeCache.over(context)
         return DecodeCache.copy_of(context, room_tokens)
 

@@ -99,8 +99,9 @@ class Follower:
     def _finish(self, builder: str, key: str) -> None:
         self._held[key] = self._as(CacheBuilder, builder).finish()
 
-    def _cache(self, context: str, room: int, key: str) -> None:
-        self._held[key] = self._model.decode_cache(self._as(CompressedContext, context), room)
+    def _cache(self, context: str, room: int, beside: bool, key: str) -> None:
+        rows = self._as(CompressedContext, context)
+        self._held[key] = self._model.decode_cache(rows, room, beside)
 
     def _decode(self, tokens: Sequence[int], caches: Sequence[str]) -> None:
         decode_step(self._stack, tokens, [self._as(DecodeCache, cache) for cache in caches])

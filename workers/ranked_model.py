@@ -62,11 +62,14 @@ class RankedModel(LoadedModel):
     ) -> TreeEncoder:
         return RankedEncoder(self, spec, plan, prefix_ids, suffix_ids)
 
-    def decode_cache(self, context: CompressedContext, room_tokens: int) -> DecodeCache:
+    def decode_cache(
+        self, context: CompressedContext, room_tokens: int, beside: bool = False
+    ) -> DecodeCache:
         assert isinstance(context, RankedContext)
         handle = self.group.new_handle()
-        self.group.tell("cache", context=context.handle.key, room=room_tokens, key=handle.key)
-        cache = super().decode_cache(context, room_tokens)
+        told = {"context": context.handle.key, "room": room_tokens, "beside": beside}
+        self.group.tell("cache", key=handle.key, **told)
+        cache = super().decode_cache(context, room_tokens, beside)
         return RankedCache(context, cache.buffers, handle)
 
     def decode(self, tokens: Sequence[int], caches: Sequence[DecodeCache]) -> torch.Tensor:

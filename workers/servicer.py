@@ -216,16 +216,20 @@ class WorkerServicer:
                 )
             params = read_sampling(request.sampling)
             addresses = list(request.shard_addresses)
-            resume = tuple(request.resume_token_ids)
-            self._stack.check_ids("resume_token_ids", torch.tensor(resume, dtype=torch.int64))
-            if len(resume) > params.max_new_tokens:
-                raise PromptError(
-                    f"the answer may have {params.max_new_tokens} tokens, but {len(resume)} were "
-                    "delivered already"
-                )
-            work = partial(self._answering.generate, held, addresses, params, resume)
+            delivered = tuple(tuple(answer.token_ids) for answer in request.delivered)
+            count = max(1, request.sampling.n)
+            if len(delivered) > count:
+                raise PromptError(f"there are {count} answers, but {len(delivered)} had begun")
+            for ids in delivered:
+                self._stack.check_ids("delivered", torch.tensor(ids, dtype=torch.int64))
+                if len(ids) > params.max_new_tokens:
+                    raise PromptError(
+                        f"an answer may have {params.max_new_tokens} tokens, but {len(ids)} were "
+                        "delivered already"
+                    )
+            work = partial(self._answering.generate, held, addresses, params, count, delivered)
             following = follow_job(
-                self._store, held, "answer", node.id, request.attempt, work, resume
+                self._store, held, "answer", node.id, request.attempt, work, (count, delivered)
             )
             async with aclosing(following) as job:
                 async for event in job:

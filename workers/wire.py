@@ -74,8 +74,9 @@ def read_sampling(params: sampling_pb2.SamplingParams) -> SamplingParams:
         "ignore_eos": params.ignore_eos,
     }
     given = {name: value for name, value in given.items() if value}
-    if params.HasField("seed"):
-        given["seed"] = params.seed
+    for name in ("seed", "logprobs"):
+        if params.HasField(name):
+            given[name] = getattr(params, name)
     return SamplingParams(**given)
 
 

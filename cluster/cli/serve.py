@@ -28,6 +28,9 @@ def serve(
     address: settings.Address = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = DEFAULTS.host,
     port: Annotated[int, typer.Option(help="Port of the gRPC door; 0: any.")] = DEFAULTS.port,
+    reflection: Annotated[
+        bool, typer.Option(help="Tell clients that ask what services and messages there are.")
+    ] = DEFAULTS.reflection,
     name: Annotated[
         str, typer.Option(help="The coordinator's name on the Ray cluster.")
     ] = DEFAULTS.name,
@@ -40,6 +43,9 @@ def serve(
     max_calls_per_token: Annotated[
         int, typer.Option(help="Calls that one token may have at once; 0: no limit.", min=0)
     ] = DEFAULTS.limits.calls_per_token,
+    max_document_bytes: Annotated[
+        int, typer.Option(help="Longest document that is sent in pieces, in bytes.", min=1)
+    ] = DEFAULTS.limits.document_bytes,
     grace_seconds: Annotated[
         float,
         typer.Option(
@@ -109,6 +115,7 @@ def serve(
         memory_budget=memory_budget,
         host=host,
         port=port,
+        reflection=reflection,
         name=name,
         compression=settings.overrides(
             paper,
@@ -119,7 +126,11 @@ def serve(
             fan_in=fan_in,
             score=score,
         ),
-        limits=Limits(context_tokens=max_context_tokens, calls_per_token=max_calls_per_token),
+        limits=Limits(
+            context_tokens=max_context_tokens,
+            document_bytes=max_document_bytes,
+            calls_per_token=max_calls_per_token,
+        ),
         placement_timeout_seconds=placement_timeout,
         grace_seconds=grace_seconds,
         log_format=log_format,

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 from google.protobuf.json_format import MessageToDict
@@ -52,17 +54,27 @@ class Answer:
         """The answer as one object."""
         summary = None
         accepted = None
+        tokens: defaultdict[int, list[pb.Token]] = defaultdict(list)
         async for event in events:
-            accepted = event if isinstance(event, pb.Accepted) else accepted
-            summary = event if isinstance(event, pb.Summary) else summary
+            match event:
+                case pb.Accepted():
+                    accepted = event
+                case pb.Token():
+                    tokens[event.answer].append(event)
+                case pb.Summary():
+                    summary = event
         if summary is None:
             raise ServiceError("DATA_LOSS", "the service ended the answer before its summary")
-        message: dict[str, Any] = {"text": summary.text}
-        if self.kind == "chat":
-            message = {"message": {"role": "assistant", "content": summary.text, "refusal": None}}
+        choices = []
+        for number, one in enumerate(answers_of(summary)):
+            content: dict[str, Any] = {"text": one.text}
+            if self.kind == "chat":
+                content = {"message": {"role": "assistant", "content": one.text, "refusal": None}}
+            logprobs = logprobs_of(self.kind, tokens[number])
+            choices.append(choice(number, content, logprobs, _FINISH[one.finish_reason]))
         return {
             **self._head(""),
-            "choices": [self._choice(message, _FINISH[summary.finish_reason])],
+            "choices": choices,
             "usage": usage(summary),
             "homer": await asyncio.to_thread(self.facts, accepted, summary),
         }
@@ -71,9 +83,10 @@ class Answer:
         """The answer as server-sent events. What goes wrong on the way is an event too."""
         rest = {"usage": None} if include_usage else {}
         accepted = None
-        if self.kind == "chat":
-            yield self._chunk({"role": "assistant", "content": ""}, None, rest)
-        told, sent = time.monotonic(), 0
+        told = time.monotonic()
+        # Characters that were sent of each answer, in text and in what logprobs count as text.
+        sent: Counter[int] = Counter()
+        spelled: Counter[int] = Counter()
         try:
             async for event in events:
                 match event:
@@ -90,20 +103,25 @@ class Answer:
                             f": {event.leaves_done} of {event.leaves_total} leaves, "
                             f"{event.merges_done} of {event.merges_total} merges\n\n"
                         )
-                    case pb.Token() if event.text:
-                        sent += len(event.text)
-                        yield self._chunk({"content": event.text}, None, rest)
+                    case pb.Token() if event.text or event.HasField("logprob"):
+                        number = event.answer
+                        logprobs = logprobs_of(self.kind, [event], spelled[number])
+                        spelled[number] += len(event.logprob.text)
+                        yield self._piece(number, event.text, rest, sent, logprobs)
                     case pb.Summary():
-                        if left := event.text[sent:]:
-                            yield self._chunk({"content": left}, None, rest)
                         # The evidence of a long document is long.
                         facts = await asyncio.to_thread(self.facts, accepted, event)
-                        yield self._chunk(
-                            {}, _FINISH[event.finish_reason], {**rest, "homer": facts}
-                        )
+                        ended = answers_of(event)
+                        for number, one in enumerate(ended):
+                            if (left := one.text[sent[number] :]) or number not in sent:
+                                yield self._piece(number, left, rest, sent)
+                            yield self._chunk(
+                                choice(number, self._delta(""), None, _FINISH[one.finish_reason]),
+                                {**rest, "homer": facts} if number == len(ended) - 1 else rest,
+                            )
                         if include_usage:
-                            last = {**self._head(".chunk"), "choices": [], "usage": usage(event)}
-                            yield _data(last)
+                            chunk = {**self._head(".chunk"), "choices": [], "usage": usage(event)}
+                            yield _data(chunk)
         except ServiceError as error:
             yield _data(HttpError.of_service(error).body)
         yield DONE
@@ -132,25 +150,80 @@ class Answer:
         """A chunk without a choice, which clients that do not know of it pass over."""
         return _data({**self._head(".chunk"), "choices": [], "homer": {name: _fields(event)}})
 
-    def _chunk(self, delta: dict[str, Any], finish: str | None, rest: dict[str, Any]) -> str:
-        content = {"delta": delta} if self.kind == "chat" else {"text": delta.get("content", "")}
-        return _data({**self._head(".chunk"), "choices": [self._choice(content, finish)], **rest})
+    def _piece(
+        self,
+        number: int,
+        text: str,
+        rest: dict[str, Any],
+        sent: Counter[int],
+        logprobs: dict[str, Any] | None = None,
+    ) -> str:
+        """More text of an answer; its first piece says whose it is."""
+        content = self._delta(text)
+        if self.kind == "chat" and number not in sent:
+            content["delta"]["role"] = "assistant"
+        sent[number] += len(text)
+        return self._chunk(choice(number, content, logprobs, None), rest)
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        if self.kind == "completion":
+            return {"text": text}
+        return {"delta": {"content": text} if text else {}}
+
+    def _chunk(self, one: dict[str, Any], rest: dict[str, Any]) -> str:
+        return _data({**self._head(".chunk"), "choices": [one], **rest})
 
     def _head(self, chunk: str) -> dict[str, Any]:
         kind = "chat.completion" + chunk if self.kind == "chat" else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    @staticmethod
-    def _choice(content: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish}
+
+def answers_of(summary: pb.Summary) -> Sequence[pb.Summary | pb.AnswerSummary]:
+    """Every answer: where there is one, the summary is its own."""
+    return list(summary.answers) or [summary]
+
+
+def choice(
+    number: int, content: dict[str, Any], logprobs: dict[str, Any] | None, finish: str | None
+) -> dict[str, Any]:
+    return {"index": number, **content, "logprobs": logprobs, "finish_reason": finish}
+
+
+def logprobs_of(kind: Kind, tokens: Sequence[pb.Token], offset: int = 0) -> dict[str, Any] | None:
+    """What an answer's tokens were chosen from, where that was asked for.
+
+    In a completion each token has its place in the text, of which `offset` characters came before.
+    """
+    if not tokens or not tokens[0].HasField("logprob"):
+        return None
+    if kind == "chat":
+        content = [
+            {**_spelled(token.logprob), "top_logprobs": list(map(_spelled, token.top_logprobs))}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+    texts = [token.logprob.text for token in tokens]
+    return {
+        "tokens": texts,
+        "token_logprobs": [token.logprob.logprob for token in tokens],
+        "top_logprobs": [{o.text: o.logprob for o in token.top_logprobs} for token in tokens],
+        "text_offset": [*accumulate(map(len, texts), initial=offset)][:-1],
+    }
+
+
+def _spelled(one: sampling_pb2.TokenLogprob) -> dict[str, Any]:
+    # A token may be a part of a character, which has no text, and whose bytes are not known here.
+    whole = None if "\N{REPLACEMENT CHARACTER}" in one.text else list(one.text.encode())
+    return {"token": one.text, "logprob": one.logprob, "bytes": whole}
 
 
 def usage(summary: pb.Summary) -> dict[str, int]:
-    """Tokens of the whole prompt, whatever was kept of it, and of the answer."""
+    """Tokens of the whole prompt, whatever was kept of it, and of all answers."""
+    generated = sum(answer.generated_tokens for answer in answers_of(summary))
     return {
         "prompt_tokens": summary.prompt_tokens,
-        "completion_tokens": summary.generated_tokens,
-        "total_tokens": summary.prompt_tokens + summary.generated_tokens,
+        "completion_tokens": generated,
+        "total_tokens": summary.prompt_tokens + generated,
     }
 
 

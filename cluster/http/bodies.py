@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 Text = Annotated[str, StringConstraints(strict=True)]
 PRIORITY = 8
+MAX_LOGPROBS = 20
 
 
 class _Body(BaseModel):
@@ -72,6 +73,7 @@ class _Generation(_Body):
 
     model: Text
     max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1)
     # As OpenAI has it: an answer is sampled unless a request says otherwise.
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -92,7 +94,6 @@ class _Generation(_Body):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     # Only at their neutral value.
-    n: Literal[1] | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     logit_bias: dict[str, Any] | None = Field(None, max_length=0)
@@ -108,6 +109,11 @@ class _Generation(_Body):
         return self.max_tokens
 
     @property
+    def alternatives(self) -> int | None:
+        """How many likeliest tokens are wanted beside each token; None where not even its own."""
+        raise NotImplementedError
+
+    @property
     def sampling(self) -> dict[str, Any]:
         """As fields of `homer.v1.SamplingParams`."""
         given = {
@@ -120,6 +126,8 @@ class _Generation(_Body):
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
             "stop": self.stops,
+            "n": self.n,
+            "logprobs": self.alternatives,
         }
         return {name: value for name, value in given.items() if value is not None}
 
@@ -137,8 +145,8 @@ class ChatBody(_Generation):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Any] | None = Field(None, max_length=0)
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Any = None
@@ -149,6 +157,16 @@ class ChatBody(_Generation):
     def longest(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is only for logprobs=true")
+        return self
+
 
 class CompletionBody(_Generation):
     """`POST /v1/completions`."""
@@ -156,5 +174,9 @@ class CompletionBody(_Generation):
     prompt: Text
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
-    logprobs: None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     suffix: None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs

@@ -132,7 +132,7 @@ class SimWorker:
         job: Job,
         attempt: int,
         shard_addresses: Sequence[str],
-        resume_token_ids: Sequence[int] = (),
+        delivered: Sequence[Sequence[int]] = (),
     ) -> AsyncIterator[GenerateEvent]:
         async def work(emit: Callable[[GenerateEvent], None]) -> None:
             plan, costs = job.plan, self._pool.costs
@@ -149,7 +149,7 @@ class SimWorker:
             ended = loop.time() - started
             kept = range(plan.root.context_out)
             emit(CacheReady(plan.kept_len, gathered, ended - gathered, received, kept))
-            given, decoding = len(resume_token_ids), loop.time()
+            given, decoding = len(delivered[0]) if delivered else 0, loop.time()
             for token in range(job.sampling.max_new_tokens):
                 # The first token comes from the cache's own logits.
                 await self._run(costs.decode_seconds(plan) if token else 0.0)

@@ -109,6 +109,100 @@ class GenerateResponse(_message.Message):
     summary: Summary
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ...) -> None: ...
 
+class GenerateFromStreamRequest(_message.Message):
+    __slots__ = ("request", "context_utf8", "context_ids")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_UTF8_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_IDS_FIELD_NUMBER: _ClassVar[int]
+    request: GenerateRequest
+    context_utf8: bytes
+    context_ids: TokenIds
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., context_utf8: _Optional[bytes] = ..., context_ids: _Optional[_Union[TokenIds, _Mapping]] = ...) -> None: ...
+
+class TokenIds(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GenerateFromStreamResponse(_message.Message):
+    __slots__ = ("accepted", "progress", "token", "summary")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    accepted: Accepted
+    progress: Progress
+    token: Token
+    summary: Summary
+    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ...) -> None: ...
+
+class AbortRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class AbortResponse(_message.Message):
+    __slots__ = ("aborted_requests",)
+    ABORTED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    aborted_requests: int
+    def __init__(self, aborted_requests: _Optional[int] = ...) -> None: ...
+
+class CountTokensRequest(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: TextPrompt
+    def __init__(self, text: _Optional[_Union[TextPrompt, _Mapping]] = ...) -> None: ...
+
+class CountTokensResponse(_message.Message):
+    __slots__ = ("prefix_tokens", "context_tokens", "suffix_tokens")
+    PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SUFFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    prefix_tokens: int
+    context_tokens: int
+    suffix_tokens: int
+    def __init__(self, prefix_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., suffix_tokens: _Optional[int] = ...) -> None: ...
+
+class GetModelInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetModelInfoResponse(_message.Message):
+    __slots__ = ("model", "model_type", "dtype", "num_layers", "vocab_size", "model_window", "kv_bytes_per_token", "has_tokenizer", "calibrated", "max_context_tokens", "max_document_bytes", "max_message_bytes", "max_new_tokens", "max_answers", "compression")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_WINDOW_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    HAS_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATED_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_DOCUMENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    model_type: str
+    dtype: str
+    num_layers: int
+    vocab_size: int
+    model_window: int
+    kv_bytes_per_token: int
+    has_tokenizer: bool
+    calibrated: bool
+    max_context_tokens: int
+    max_document_bytes: int
+    max_message_bytes: int
+    max_new_tokens: int
+    max_answers: int
+    compression: CompressionOptions
+    def __init__(self, model: _Optional[str] = ..., model_type: _Optional[str] = ..., dtype: _Optional[str] = ..., num_layers: _Optional[int] = ..., vocab_size: _Optional[int] = ..., model_window: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., has_tokenizer: _Optional[bool] = ..., calibrated: _Optional[bool] = ..., max_context_tokens: _Optional[int] = ..., max_document_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_answers: _Optional[int] = ..., compression: _Optional[_Union[CompressionOptions, _Mapping]] = ...) -> None: ...
+
 class Accepted(_message.Message):
     __slots__ = ("request_id", "prompt_tokens", "leaves", "levels", "merges", "subtrees", "uncalibrated", "level_nodes")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -170,12 +264,18 @@ class Progress(_message.Message):
     def __init__(self, kind: _Optional[_Union[Progress.Kind, str]] = ..., height: _Optional[int] = ..., index: _Optional[int] = ..., worker: _Optional[str] = ..., leaves_done: _Optional[int] = ..., leaves_total: _Optional[int] = ..., merges_done: _Optional[int] = ..., merges_total: _Optional[int] = ..., context_tokens_in: _Optional[int] = ..., context_tokens_out: _Optional[int] = ..., seconds: _Optional[float] = ..., context_start: _Optional[int] = ..., context_end: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
-    __slots__ = ("token_id", "text")
+    __slots__ = ("token_id", "text", "answer", "logprob", "top_logprobs")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     text: str
-    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+    answer: int
+    logprob: _sampling_pb2.TokenLogprob
+    top_logprobs: _containers.RepeatedCompositeFieldContainer[_sampling_pb2.TokenLogprob]
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., answer: _Optional[int] = ..., logprob: _Optional[_Union[_sampling_pb2.TokenLogprob, _Mapping]] = ..., top_logprobs: _Optional[_Iterable[_Union[_sampling_pb2.TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class StageSeconds(_message.Message):
     __slots__ = ("queue", "leaves", "merges", "gather", "time_to_first_token", "decode", "total")
@@ -196,7 +296,7 @@ class StageSeconds(_message.Message):
     def __init__(self, queue: _Optional[float] = ..., leaves: _Optional[float] = ..., merges: _Optional[float] = ..., gather: _Optional[float] = ..., time_to_first_token: _Optional[float] = ..., decode: _Optional[float] = ..., total: _Optional[float] = ...) -> None: ...
 
 class Summary(_message.Message):
-    __slots__ = ("request_id", "prompt_tokens", "leaves", "kept_tokens", "generated_tokens", "finish_reason", "seconds", "moved_bytes", "kept_context_indices", "token_ids", "text", "nodes_by_worker", "evidence")
+    __slots__ = ("request_id", "prompt_tokens", "leaves", "kept_tokens", "generated_tokens", "finish_reason", "seconds", "moved_bytes", "kept_context_indices", "token_ids", "text", "nodes_by_worker", "evidence", "answers")
     class NodesByWorkerEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -217,6 +317,7 @@ class Summary(_message.Message):
     TEXT_FIELD_NUMBER: _ClassVar[int]
     NODES_BY_WORKER_FIELD_NUMBER: _ClassVar[int]
     EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_tokens: int
     leaves: int
@@ -230,7 +331,20 @@ class Summary(_message.Message):
     text: str
     nodes_by_worker: _containers.ScalarMap[str, int]
     evidence: Evidence
-    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., seconds: _Optional[_Union[StageSeconds, _Mapping]] = ..., moved_bytes: _Optional[int] = ..., kept_context_indices: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., nodes_by_worker: _Optional[_Mapping[str, int]] = ..., evidence: _Optional[_Union[Evidence, _Mapping]] = ...) -> None: ...
+    answers: _containers.RepeatedCompositeFieldContainer[AnswerSummary]
+    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., seconds: _Optional[_Union[StageSeconds, _Mapping]] = ..., moved_bytes: _Optional[int] = ..., kept_context_indices: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., nodes_by_worker: _Optional[_Mapping[str, int]] = ..., evidence: _Optional[_Union[Evidence, _Mapping]] = ..., answers: _Optional[_Iterable[_Union[AnswerSummary, _Mapping]]] = ...) -> None: ...
+
+class AnswerSummary(_message.Message):
+    __slots__ = ("generated_tokens", "finish_reason", "token_ids", "text")
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    generated_tokens: int
+    finish_reason: _sampling_pb2.FinishReason
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    text: str
+    def __init__(self, generated_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Evidence(_message.Message):
     __slots__ = ("levels", "nodes", "passages", "token_start_steps")

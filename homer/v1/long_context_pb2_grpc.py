@@ -40,6 +40,26 @@ class LongContextStub:
                 request_serializer=homer_dot_v1_dot_long__context__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=homer_dot_v1_dot_long__context__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateFromStream = channel.stream_stream(
+                '/homer.v1.LongContext/GenerateFromStream',
+                request_serializer=homer_dot_v1_dot_long__context__pb2.GenerateFromStreamRequest.SerializeToString,
+                response_deserializer=homer_dot_v1_dot_long__context__pb2.GenerateFromStreamResponse.FromString,
+                _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/homer.v1.LongContext/Abort',
+                request_serializer=homer_dot_v1_dot_long__context__pb2.AbortRequest.SerializeToString,
+                response_deserializer=homer_dot_v1_dot_long__context__pb2.AbortResponse.FromString,
+                _registered_method=True)
+        self.CountTokens = channel.unary_unary(
+                '/homer.v1.LongContext/CountTokens',
+                request_serializer=homer_dot_v1_dot_long__context__pb2.CountTokensRequest.SerializeToString,
+                response_deserializer=homer_dot_v1_dot_long__context__pb2.CountTokensResponse.FromString,
+                _registered_method=True)
+        self.GetModelInfo = channel.unary_unary(
+                '/homer.v1.LongContext/GetModelInfo',
+                request_serializer=homer_dot_v1_dot_long__context__pb2.GetModelInfoRequest.SerializeToString,
+                response_deserializer=homer_dot_v1_dot_long__context__pb2.GetModelInfoResponse.FromString,
+                _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/homer.v1.LongContext/GetServerInfo',
                 request_serializer=homer_dot_v1_dot_long__context__pb2.GetServerInfoRequest.SerializeToString,
@@ -58,6 +78,35 @@ class LongContextServicer:
 
     def Generate(self, request, context):
         """Streams progress, then tokens, then one summary.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateFromStream(self, request_iterator, context):
+        """The same for a document that is sent in pieces, so that no message has to hold it: first the request
+        without its context, then the context, in order. How long it may be is in GetModelInfo.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Abort(self, request, context):
+        """Ends a request that waits or runs: its own call ends with CANCELLED. NOT_FOUND where there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CountTokens(self, request, context):
+        """How many tokens a prompt has, by the rule by which Generate makes tokens of text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelInfo(self, request, context):
+        """The model, what it can take, and the settings for requests that bring none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,6 +134,26 @@ def add_LongContextServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=homer_dot_v1_dot_long__context__pb2.GenerateRequest.FromString,
                     response_serializer=homer_dot_v1_dot_long__context__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateFromStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateFromStream,
+                    request_deserializer=homer_dot_v1_dot_long__context__pb2.GenerateFromStreamRequest.FromString,
+                    response_serializer=homer_dot_v1_dot_long__context__pb2.GenerateFromStreamResponse.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=homer_dot_v1_dot_long__context__pb2.AbortRequest.FromString,
+                    response_serializer=homer_dot_v1_dot_long__context__pb2.AbortResponse.SerializeToString,
+            ),
+            'CountTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountTokens,
+                    request_deserializer=homer_dot_v1_dot_long__context__pb2.CountTokensRequest.FromString,
+                    response_serializer=homer_dot_v1_dot_long__context__pb2.CountTokensResponse.SerializeToString,
+            ),
+            'GetModelInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelInfo,
+                    request_deserializer=homer_dot_v1_dot_long__context__pb2.GetModelInfoRequest.FromString,
+                    response_serializer=homer_dot_v1_dot_long__context__pb2.GetModelInfoResponse.SerializeToString,
             ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
@@ -125,6 +194,114 @@ class LongContext:
             '/homer.v1.LongContext/Generate',
             homer_dot_v1_dot_long__context__pb2.GenerateRequest.SerializeToString,
             homer_dot_v1_dot_long__context__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateFromStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/homer.v1.LongContext/GenerateFromStream',
+            homer_dot_v1_dot_long__context__pb2.GenerateFromStreamRequest.SerializeToString,
+            homer_dot_v1_dot_long__context__pb2.GenerateFromStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/homer.v1.LongContext/Abort',
+            homer_dot_v1_dot_long__context__pb2.AbortRequest.SerializeToString,
+            homer_dot_v1_dot_long__context__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/homer.v1.LongContext/CountTokens',
+            homer_dot_v1_dot_long__context__pb2.CountTokensRequest.SerializeToString,
+            homer_dot_v1_dot_long__context__pb2.CountTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/homer.v1.LongContext/GetModelInfo',
+            homer_dot_v1_dot_long__context__pb2.GetModelInfoRequest.SerializeToString,
+            homer_dot_v1_dot_long__context__pb2.GetModelInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,20 +7,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    DTYPE_UNSPECIFIED: _ClassVar[DType]
-    DTYPE_FLOAT32: _ClassVar[DType]
-    DTYPE_FLOAT16: _ClassVar[DType]
-    DTYPE_BFLOAT16: _ClassVar[DType]
-    DTYPE_INT32: _ClassVar[DType]
-    DTYPE_FLOAT8_E4M3: _ClassVar[DType]
-DTYPE_UNSPECIFIED: DType
-DTYPE_FLOAT32: DType
-DTYPE_FLOAT16: DType
-DTYPE_BFLOAT16: DType
-DTYPE_INT32: DType
-DTYPE_FLOAT8_E4M3: DType
+    DTYPE_UNSPECIFIED: _ClassVar[Dtype]
+    DTYPE_FLOAT32: _ClassVar[Dtype]
+    DTYPE_FLOAT16: _ClassVar[Dtype]
+    DTYPE_BFLOAT16: _ClassVar[Dtype]
+    DTYPE_INT32: _ClassVar[Dtype]
+    DTYPE_FLOAT8_E4M3: _ClassVar[Dtype]
+DTYPE_UNSPECIFIED: Dtype
+DTYPE_FLOAT32: Dtype
+DTYPE_FLOAT16: Dtype
+DTYPE_BFLOAT16: Dtype
+DTYPE_INT32: Dtype
+DTYPE_FLOAT8_E4M3: Dtype
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape")
@@ -28,9 +28,9 @@ class TensorSpec(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     name: str
-    dtype: DType
+    dtype: Dtype
     shape: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
     __slots__ = ("tensors", "total_bytes")
@@ -84,6 +84,6 @@ class TransferOptions(_message.Message):
     __slots__ = ("wire_dtype", "shared_ring")
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHARED_RING_FIELD_NUMBER: _ClassVar[int]
-    wire_dtype: DType
+    wire_dtype: Dtype
     shared_ring: SharedRing
-    def __init__(self, wire_dtype: _Optional[_Union[DType, str]] = ..., shared_ring: _Optional[_Union[SharedRing, _Mapping]] = ...) -> None: ...
+    def __init__(self, wire_dtype: _Optional[_Union[Dtype, str]] = ..., shared_ring: _Optional[_Union[SharedRing, _Mapping]] = ...) -> None: ...

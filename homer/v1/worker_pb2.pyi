@@ -160,20 +160,26 @@ class GatherKvRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., context_indices: _Optional[_Iterable[int]] = ..., transfer: _Optional[_Union[_tensor_pb2.TransferOptions, _Mapping]] = ...) -> None: ...
 
 class GenerateTokensRequest(_message.Message):
-    __slots__ = ("request", "node", "attempt", "shard_addresses", "sampling", "resume_token_ids")
+    __slots__ = ("request", "node", "attempt", "shard_addresses", "sampling", "delivered")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     SHARD_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
-    RESUME_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    DELIVERED_FIELD_NUMBER: _ClassVar[int]
     request: RequestSpec
     node: NodeId
     attempt: int
     shard_addresses: _containers.RepeatedScalarFieldContainer[str]
     sampling: _sampling_pb2.SamplingParams
-    resume_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request: _Optional[_Union[RequestSpec, _Mapping]] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., shard_addresses: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    delivered: _containers.RepeatedCompositeFieldContainer[DeliveredTokens]
+    def __init__(self, request: _Optional[_Union[RequestSpec, _Mapping]] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., shard_addresses: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., delivered: _Optional[_Iterable[_Union[DeliveredTokens, _Mapping]]] = ...) -> None: ...
+
+class DeliveredTokens(_message.Message):
+    __slots__ = ("token_ids",)
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateTokensResponse(_message.Message):
     __slots__ = ("cache_ready", "token", "summary")
@@ -202,22 +208,30 @@ class CacheReady(_message.Message):
     def __init__(self, cache_tokens: _Optional[int] = ..., gather_seconds: _Optional[float] = ..., refresh_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ..., context_indices: _Optional[_Iterable[int]] = ..., started_unix_seconds: _Optional[float] = ...) -> None: ...
 
 class TokenPiece(_message.Message):
-    __slots__ = ("token_id",)
+    __slots__ = ("token_id", "answer", "logprob", "top_logprobs")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     token_id: int
-    def __init__(self, token_id: _Optional[int] = ...) -> None: ...
+    answer: int
+    logprob: _sampling_pb2.TokenLogprob
+    top_logprobs: _containers.RepeatedCompositeFieldContainer[_sampling_pb2.TokenLogprob]
+    def __init__(self, token_id: _Optional[int] = ..., answer: _Optional[int] = ..., logprob: _Optional[_Union[_sampling_pb2.TokenLogprob, _Mapping]] = ..., top_logprobs: _Optional[_Iterable[_Union[_sampling_pb2.TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class GenerateTokensSummary(_message.Message):
-    __slots__ = ("generated_tokens", "finish_reason", "decode_seconds", "started_unix_seconds")
+    __slots__ = ("generated_tokens", "finish_reason", "decode_seconds", "started_unix_seconds", "answer")
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     DECODE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STARTED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
     generated_tokens: int
     finish_reason: _sampling_pb2.FinishReason
     decode_seconds: float
     started_unix_seconds: float
-    def __init__(self, generated_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., decode_seconds: _Optional[float] = ..., started_unix_seconds: _Optional[float] = ...) -> None: ...
+    answer: int
+    def __init__(self, generated_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., decode_seconds: _Optional[float] = ..., started_unix_seconds: _Optional[float] = ..., answer: _Optional[int] = ...) -> None: ...
 
 class PruneRequest(_message.Message):
     __slots__ = ("request_id", "node", "attempt", "context_indices", "context_start", "context_end")

@@ -226,8 +226,9 @@ async def run(requests: int, warm_up: int, seed: int, log: Path) -> Leaks:
                 PromptTokenizer.load(str(MODEL_DIR)),
                 Limits(context_tokens=MAX_CONTEXT_TOKENS),
             )
-            door = GrpcDoor(service, "127.0.0.1", 0)
-            client = Client(f"127.0.0.1:{await door.start()}", asked, fleet.seats[-1], out)
+            door = GrpcDoor("127.0.0.1", 0, service.limits)
+            client = Client(f"127.0.0.1:{await door.listen()}", asked, fleet.seats[-1], out)
+            await door.serve(service)
             try:
                 await meet_fates(client, "warm", warm_up, draw)
                 before = await settled(fleet, scheduler, out)

@@ -322,7 +322,7 @@ class FakeWorker:
         job: Job,
         attempt: int,
         shard_addresses: Sequence[str],
-        resume_token_ids: Sequence[int] = (),
+        delivered: Sequence[Sequence[int]] = (),
     ) -> AsyncIterator[GenerateEvent]:
         held = self._begin(job, "generate", job.plan.root.id)
         if job.plan.root.id not in held.states:
@@ -335,13 +335,16 @@ class FakeWorker:
             if len(rows) != len(set(rows)) or len(rows) != len(kept) * job.plan.num_layers:
                 raise WorkerCallError("rows do not match", "FAILED_PRECONDITION")
             yield CacheReady(job.plan.kept_len, 0.0, 0.0, 0, kept)
+            known = [*delivered, *[()] * (job.answers - len(delivered))]
             for place in range(job.sampling.max_new_tokens):
                 await self._answer(self._step(4))
-                if place < len(resume_token_ids):
-                    assert resume_token_ids[place] == token_at(place, kept)
-                else:
-                    yield TokenOut(token_at(place, kept))
-            yield GenerateDone(job.sampling.max_new_tokens, "length", 0.0)
+                for answer, tokens in enumerate(known):
+                    if place < len(tokens):
+                        assert tokens[place] == token_at(place, kept)
+                    else:
+                        yield TokenOut(token_at(place, kept), answer)
+            for answer in range(job.answers):
+                yield GenerateDone(job.sampling.max_new_tokens, "length", 0.0, answer=answer)
         finally:
             self.decoding -= 1
 

@@ -48,8 +48,9 @@ class Talking:
 
 @contextmanager
 def door(run: Run[Any], service: Talking, **security: Any) -> Iterator[str]:
-    opened = GrpcDoor(cast(Any, service), "127.0.0.1", 0, Security(**security))
-    port = run(opened.start())
+    opened = GrpcDoor("127.0.0.1", 0, service.limits, Security(**security))
+    port = run(opened.listen())
+    run(opened.serve(cast(Any, service)))
     try:
         yield f"127.0.0.1:{port}"
     finally:

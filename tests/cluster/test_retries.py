@@ -178,8 +178,9 @@ def test_the_door_says_when_to_ask_again(
             raise error
             yield
 
-    door = GrpcDoor(cast(Any, Failing()), "127.0.0.1", 0)
-    port = run(door.start())
+    door = GrpcDoor("127.0.0.1", 0, Limits())
+    port = run(door.listen())
+    run(door.serve(cast(Any, Failing())))
     with HomerClient(f"127.0.0.1:{port}") as client, pytest.raises(ServiceError) as caught:
         ask(client)
     run(door.stop(0))

@@ -36,7 +36,7 @@ class LightWorker(FakeWorker):
     ) -> None:
         return None
 
-    async def generate(self, job, attempt, shard_addresses, resume_token_ids=()):  # type: ignore[no-untyped-def]
+    async def generate(self, job, attempt, shard_addresses, delivered=()):  # type: ignore[no-untyped-def]
         yield CacheReady(job.plan.kept_len, 0.0, 0.0, 0, [])
         yield GenerateDone(0, "length", 0.0)
 

@@ -147,9 +147,11 @@ class service_with:  # noqa: N801 - a context manager
             scheduler = Scheduler(clients, observer=seeing.observer)
             info = await clients[0].info()
             service = LongContextService(scheduler, info, CONFIG, None, Limits(), seeing)
-            door = GrpcDoor(service, "127.0.0.1", 0)
+            door = GrpcDoor("127.0.0.1", 0, Limits())
+            port = await door.listen()
+            await door.serve(service)
             seeing.start("127.0.0.1", 0)
-            return scheduler, door, await door.start()
+            return scheduler, door, port
 
         scheduler, door, port = run(start())
 

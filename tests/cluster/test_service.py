@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,10 +11,13 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.json_format import MessageToDict
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.client import HomerClient
+from cluster import client_request
+from cluster.client import AsyncHomerClient, HomerClient
+from cluster.client_request import ClientRequest
 from cluster.errors import ServiceError
 from cluster.text import PromptTokenizer
 from homer import HomerConfig, HomerModel
@@ -218,7 +222,12 @@ ASK: dict[str, Any] = {"context": CONTEXT, "question": QUESTION}
             "context_ids has token id 320",
         ),
         ({**ASK, "context": "x" * (1 << 20) + "x"}, "INVALID_ARGUMENT", "takes at most 1048576"),
-        ({**ASK, "context": "x" * (64 << 20)}, "RESOURCE_EXHAUSTED", "larger than max"),
+        ({**ASK, "sampling": {"n": 17}}, "INVALID_ARGUMENT", "from 1 to 16 answers"),
+        (
+            {**ASK, "sampling": {"logprobs": 21}},
+            "INVALID_ARGUMENT",
+            "must be from 0 to 20",
+        ),
         ({**ASK, "context": LONG_CONTEXT, "timeout_seconds": 0.3}, "DEADLINE_EXCEEDED", "Deadline"),
     ],
 )
@@ -239,6 +248,140 @@ def test_a_request_without_a_prompt_is_refused(service: HomerClient) -> None:
             list(stub.Generate(pb.GenerateRequest(sampling=sampling_pb2.SamplingParams())))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "set text or tokens" in str(caught.value.details())
+
+
+def test_a_message_that_is_too_large_is_refused(service: HomerClient) -> None:
+    prompt = pb.TextPrompt(context="x" * (64 << 20), suffix="?")
+    with grpc.insecure_channel(service.address) as channel:
+        stub = long_context_pb2_grpc.LongContextStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Generate(pb.GenerateRequest(text=prompt)))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in str(caught.value.details())
+
+
+def test_errors_have_details_that_programs_read(service: HomerClient) -> None:
+    with grpc.insecure_channel(service.address) as channel:
+        stub = long_context_pb2_grpc.LongContextStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Generate(pb.GenerateRequest(text=pb.TextPrompt(context="x"))))
+    call: Any = caught.value
+    details = dict(call.trailing_metadata())["grpc-status-details-bin"]
+    status = status_pb2.Status.FromString(details)
+    assert (status.code, status.message) == (call.code().value[0], call.details())
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    assert [status.details[0].Unpack(info), status.details[1].Unpack(bad)] == [True, True]
+    assert (info.reason, info.domain) == ("PLAN", "homer")
+    assert bad.field_violations[0].description == call.details()
+
+
+def test_a_document_in_pieces_is_answered_as_in_one_message(
+    service: HomerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = {"context": [ord(c) for c in CONTEXT], "question": [ord(c) for c in QUESTION]}
+    requests = [{**request, "sampling": {"max_tokens": 8}} for request in (ASK, ids)]
+    whole = [answer(service, **request)[1] for request in requests]
+    monkeypatch.setattr(client_request, "PIECE_LENGTH", 100)
+    for request, expected in zip(requests, whole, strict=True):
+        assert ClientRequest(**request).is_long
+        assert list(answer(service, **request)[1].token_ids) == list(expected.token_ids)
+
+    async def asked() -> list[Any]:
+        async with AsyncHomerClient(service.address) as client:
+            counts = await client.count_tokens(**ASK)
+            assert counts.context_tokens == len(CONTEXT)
+            assert (await client.model_info()).has_tokenizer
+            return [event async for event in client.generate(**requests[0])]
+
+    assert list(asyncio.run(asked())[-1].token_ids) == list(whole[0].token_ids)
+
+
+def test_several_answers_come_from_one_tree(service: HomerClient) -> None:
+    sampling: dict[str, Any] = {"max_tokens": 6, "temperature": 1.5, "seed": 7}
+    events, summary = answer(service, **ASK, sampling={**sampling, "n": 3})
+    answers = [list(one.token_ids) for one in summary.answers]
+    assert len({tuple(tokens) for tokens in answers}) == 3
+    told: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for event in events:
+        if isinstance(event, pb.Token):
+            told[event.answer].append(event.token_id)
+    assert list(told.values()) == answers
+    assert list(summary.token_ids) == answers[0]
+    assert [one.generated_tokens for one in summary.answers] == [6, 6, 6]
+    leaves = [e for e in events if isinstance(e, pb.Progress) and e.kind == pb.Progress.KIND_LEAF]
+    assert len(leaves) == summary.leaves
+    # The first is the only one that there is without the others; more do not change it.
+    alone = answer(service, **ASK, sampling=sampling)[1]
+    assert list(alone.token_ids) == answers[0]
+    assert not alone.answers
+    again = answer(service, **ASK, sampling={**sampling, "n": 2})[1]
+    assert [list(one.token_ids) for one in again.answers] == answers[:2]
+    # A stop string ends the answer that has it, and no other.
+    stop = summary.answers[1].text[:1]
+    cut = answer(service, **ASK, sampling={**sampling, "n": 3, "stop": [stop]})[1]
+    for number, one in enumerate(summary.answers):
+        assert cut.answers[number].text == one.text.split(stop)[0]
+    assert cut.answers[1].finish_reason == sampling_pb2.FINISH_REASON_STOP
+    assert_nothing_held(service)
+
+
+def test_logprobs_are_the_models_own(
+    service: HomerClient, local: tuple[HomerModel, PromptTokenizer]
+) -> None:
+    import torch
+
+    model, tokenizer = local
+    prefix, document, suffix = map(torch.tensor, tokenizer.prompt_ids("", CONTEXT, QUESTION))
+    context = model.compress(prefix, document, suffix)
+    sampling = {"max_tokens": 4, "temperature": 0.7, "seed": 3, "top_k": 5, "logprobs": 3}
+    events, summary = answer(service, **ASK, sampling=sampling)
+    expected = model.score(context, torch.tensor(summary.token_ids)).log_softmax(-1)
+    tokens = [event for event in events if isinstance(event, pb.Token)]
+    assert [token.token_id for token in tokens] == list(summary.token_ids)
+    for token, row in zip(tokens, expected, strict=True):
+        assert token.logprob.token_id == token.token_id
+        assert token.logprob.logprob == pytest.approx(float(row[token.token_id]), abs=1e-4)
+        top = row.topk(3)
+        assert [one.token_id for one in token.top_logprobs] == top.indices.tolist()
+        got = [one.logprob for one in token.top_logprobs]
+        assert got == pytest.approx(top.values.tolist(), abs=1e-4)
+        assert token.logprob.text == tokenizer.spell(token.token_id)
+    only = answer(service, **ASK, sampling={**sampling, "logprobs": 0})[0]
+    told = [event for event in only if isinstance(event, pb.Token)]
+    assert all(token.HasField("logprob") and not token.top_logprobs for token in told)
+
+
+def test_a_request_is_aborted_by_its_name(service: HomerClient) -> None:
+    events = service.generate(
+        context=LONG_CONTEXT,
+        question=QUESTION,
+        request_id="too-long",
+        sampling={"max_tokens": 60_000, "ignore_eos": True},
+    )
+    next(events)
+    with HomerClient(service.address) as other:
+        assert other.abort("too-long") == 1
+        with pytest.raises(ServiceError) as ended:
+            list(events)
+        assert (ended.value.code, str(ended.value)) == (
+            "CANCELLED",
+            "request 'too-long' was aborted",
+        )
+        with pytest.raises(ServiceError) as unknown:
+            other.abort("too-long")
+    assert unknown.value.code == "NOT_FOUND"
+    assert_nothing_held(service)
+
+
+def test_the_service_tells_what_it_takes(service: HomerClient, text_model: Any) -> None:
+    counts = service.count_tokens("Ærø", "ab", "pre")
+    # A byte each, and the beginning-of-sequence token.
+    assert (counts.prefix_tokens, counts.context_tokens, counts.suffix_tokens) == (4, 5, 2)
+    info = service.model_info()
+    assert (info.model, info.num_layers, info.vocab_size) == (str(text_model), 12, 320)
+    assert (info.has_tokenizer, info.calibrated, info.max_answers) == (True, True, 16)
+    assert info.max_document_bytes > info.max_message_bytes > 0
+    assert (info.compression.max_chunk_len, info.compression.warmup_layers) == (64, 3)
 
 
 def test_an_address_without_a_service() -> None:

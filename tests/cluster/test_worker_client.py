@@ -19,7 +19,7 @@ from tests.workers.processes import running_workers
 
 async def tokens_of(client: Any, job: Job, attempt: int, resume: list[int]) -> list[int]:
     out: list[int] = []
-    async for event in client.generate(job, attempt, [], resume):
+    async for event in client.generate(job, attempt, [], [resume]):
         match event:
             case TokenOut():
                 out.append(event.token_id)

@@ -194,7 +194,7 @@ class Prompt:
             sampling=sampling_pb2.SamplingParams(
                 max_tokens=max_tokens, ignore_eos=True, **sampling
             ),
-            resume_token_ids=resume,
+            delivered=[worker_pb2.DeliveredTokens(token_ids=resume)],
         )
 
 

@@ -319,6 +319,42 @@ def test_an_answer_goes_on_where_it_was_cut_off(
     assert "newer attempt" in message
 
 
+def test_several_answers_go_on_where_they_were_cut_off(
+    workers: list[WorkerProcess], prompt: Prompt
+) -> None:
+    worker = workers[0]
+    run_subtree(worker, prompt.subtree(prompt.plan.root.id))
+    sampling = {**SAMPLING, "n": 3, "logprobs": 1}
+
+    def answers(attempt: int, delivered: Sequence[Sequence[int]]) -> list[list[Any]]:
+        request = prompt.generate([], TOKENS, attempt, **sampling)
+        request.ClearField("delivered")
+        request.delivered.extend(worker_pb2.DeliveredTokens(token_ids=ids) for ids in delivered)
+        told: list[list[Any]] = [[], [], []]
+        ended = []
+        for event in worker.stub.GenerateTokens(request, timeout=CALL_SECONDS):
+            match event.WhichOneof("event"):
+                case "token":
+                    told[event.token.answer].append(event.token)
+                case "summary":
+                    ended.append((event.summary.answer, event.summary.generated_tokens))
+        assert sorted(ended) == [(number, TOKENS) for number in range(3)]
+        return told
+
+    whole = answers(0, [])
+    ids = [[piece.token_id for piece in one] for one in whole]
+    assert len({tuple(one) for one in ids}) == 3
+    # The first is what it is alone.
+    alone = worker.stub.GenerateTokens(
+        prompt.generate([], TOKENS, 1, **SAMPLING), timeout=CALL_SECONDS
+    )
+    assert [event.token.token_id for event in alone if event.HasField("token")] == ids[0]
+    assert answers(2, [ids[0][:1], ids[1], ids[2][:4]]) == [whole[0][1:], [], whole[2][4:]]
+    code, message = refusal(lambda: answers(3, [[]] * 4))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "4 had begun" in message
+
+
 def test_nodes_say_when_they_began(workers: list[WorkerProcess], prompt: Prompt) -> None:
     worker = workers[0]
     events = run_subtree(worker, prompt.subtree(PARENT))

@@ -198,6 +198,57 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(client: openai.OpenAI
     assert streamed == cut.choices[0].text
 
 
+def test_several_choices_and_their_logprobs(client: openai.OpenAI) -> None:
+    more: Any = {"n": 2, "temperature": 1.5, "seed": 5, "max_tokens": 4}
+    chat = client.chat.completions.create(
+        model=MODEL, messages=CHAT, logprobs=True, top_logprobs=2, **more
+    )
+    assert [one.index for one in chat.choices] == [0, 1]
+    texts = [one.message.content for one in chat.choices]
+    assert len(set(texts)) == 2
+    assert chat.usage is not None
+    assert chat.usage.completion_tokens == 8
+    for one in chat.choices:
+        assert one.logprobs is not None
+        assert one.logprobs.content is not None
+        assert len(one.logprobs.content) == 4
+        for token in one.logprobs.content:
+            assert token.logprob < 0
+            assert len(token.top_logprobs) == 2
+            assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
+    streamed: dict[int, str] = {0: "", 1: ""}
+    logprobs: dict[int, list[float]] = {0: [], 1: []}
+    for chunk in client.chat.completions.create(
+        model=MODEL, messages=CHAT, logprobs=True, stream=True, **more
+    ):
+        for part in chunk.choices:
+            streamed[part.index] += part.delta.content or ""
+            if part.logprobs and part.logprobs.content:
+                logprobs[part.index] += [token.logprob for token in part.logprobs.content]
+    assert list(streamed.values()) == texts
+    assert list(logprobs.values()) == [
+        [token.logprob for token in (one.logprobs and one.logprobs.content) or ()]
+        for one in chat.choices
+    ]
+
+    ask: Any = {"model": MODEL, "prompt": CONTEXT + "Who?", "logprobs": 1, **more}
+    whole = client.completions.create(**ask)
+    found = [one.logprobs for one in whole.choices]
+    for one in found:
+        assert one is not None
+        assert one.tokens is not None
+        assert one.top_logprobs is not None
+        assert [len(top) for top in one.top_logprobs] == [1] * 4
+        starts = [sum(map(len, one.tokens[:at])) for at in range(4)]
+        assert one.text_offset == starts
+    offsets: dict[int, list[int]] = {0: [], 1: []}
+    for chunk in client.completions.create(stream=True, **ask):
+        for part in chunk.choices:
+            if part.logprobs:
+                offsets[part.index] += part.logprobs.text_offset or []
+    assert list(offsets.values()) == [one and one.text_offset for one in found]
+
+
 def test_models(client: openai.OpenAI) -> None:
     (model,) = client.models.list()
     assert (model.id, model.owned_by) == (MODEL, "homer")
@@ -213,7 +264,14 @@ def test_models(client: openai.OpenAI) -> None:
         ("/v1/completions", b"{", 400, "JSON"),
         ("/v1/completions", b'{"model": "B"}', 400, "prompt: Field required"),
         ("/v1/completions", b'{"model": "C", "prompt": "a b"}', 404, "'C' does not exist"),
-        ("/v1/completions", b'{"model": "B", "prompt": "a", "n": 2}', 400, "n: "),
+        ("/v1/completions", b'{"model": "B", "prompt": "a", "n": 0}', 400, "n: "),
+        ("/v1/completions", b'{"model": "B", "prompt": "a b", "n": 99}', 400, "from 1 to 16"),
+        (
+            "/v1/chat/completions",
+            b'{"model": "B", "messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}',
+            400,
+            "only for logprobs=true",
+        ),
         ("/v1/completions", b'{"model": "B", "prompt": "a", "sop": "x"}', 400, "argument 'sop'"),
         (
             "/v1/completions",
