@@ -18,7 +18,7 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 def execution_device(module: torch.nn.Module) -> torch.device:
     """The device on which `module` computes, wherever its weights lie."""
     for part in module.modules():
-        for hook in _hooks(part):
+        for hook in placing_hooks(part):
             if hook.execution_device is not None:
                 return torch.device(hook.execution_device)
     return next(module.parameters()).device
@@ -26,7 +26,7 @@ def execution_device(module: torch.nn.Module) -> torch.device:
 
 def offloaded_parts(module: torch.nn.Module) -> list[torch.nn.Module]:
     """The parts of `module` whose weights are brought in when they are called."""
-    return [part for part in module.modules() if any(hook.offload for hook in _hooks(part))]
+    return [part for part in module.modules() if any(hook.offload for hook in placing_hooks(part))]
 
 
 @contextmanager
@@ -46,7 +46,8 @@ def _let_go(part: Any, hook: ModelHook) -> None:
     hook.post_forward(part, None)
 
 
-def _hooks(part: torch.nn.Module) -> list[AlignDevicesHook]:
+def placing_hooks(part: torch.nn.Module) -> list[AlignDevicesHook]:
+    """The hooks by which accelerate places `part`."""
     hook = getattr(part, "_hf_hook", None)
     every = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     return [one for one in every if isinstance(one, AlignDevicesHook)]

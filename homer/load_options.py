@@ -7,6 +7,7 @@ a command line need not wait for it.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from homer.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ATTENTIONS = ("auto", "sdpa", "eager")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TOKEN_VARIABLE = "HF_TOKEN"
 TOKEN_FILE_HELP = f"file with the hub's access token; by default {TOKEN_VARIABLE} says it"
 LOAD_HELP = {
@@ -28,6 +30,9 @@ LOAD_HELP = {
     "quantization": "quantize while loading: a name like torchao-int8, or a config as JSON",
     "adapter": "PEFT adapter (LoRA) for the model: folder or id",
     "merge_adapter": "add the adapter to the weights; else it stays beside them",
+    "device_map": f"spread layers over devices: {', '.join(DEVICE_MAPS)}, or a map as JSON",
+    "max_memory": 'what a device map may take, as JSON: {"0": "20GiB", "cpu": "60GiB"}',
+    "offload_folder": "folder for weights that fit nowhere else, on a fast disk",
 }
 """What command lines say of the fields that users set."""
 
@@ -59,6 +64,14 @@ class LoadOptions:
         A PEFT adapter (LoRA) for the model: a folder or an id.
     merge_adapter : bool
         Add the adapter to the weights, which costs nothing later; else it stays beside them.
+    device_map : str, optional
+        Where layers are, as accelerate has it: "auto" (or another of `DEVICE_MAPS`) fills the GPUs
+        that there are, then main memory, then the disk; or a map of modules to devices as JSON.
+        Weights that lie outside of a GPU are brought in when their layer runs.
+    max_memory : str, optional
+        What weights may take of each device, by its number or "cpu", as JSON.
+    offload_folder : str, optional
+        Where weights go that "disk" is the place for.
     lower_layers : int, optional
         Load the embeddings and so many of the lowest layers, and nothing above: enough to run
         leaves.
@@ -73,6 +86,9 @@ class LoadOptions:
     quantization: str | None = None
     adapter: str | None = None
     merge_adapter: bool = False
+    device_map: str | None = None
+    max_memory: str | None = None
+    offload_folder: str | None = None
     lower_layers: int | None = None
 
     def __post_init__(self) -> None:
@@ -89,11 +105,66 @@ class LoadOptions:
             raise ConfigError("merge_adapter is set, but there is no adapter; name one")
         if self.lower_layers is not None and self.lower_layers < 1:
             raise ConfigError(f"lower_layers is {self.lower_layers}; use 1 or more")
+        self._check_placement()
+
+    def _check_placement(self) -> None:
+        if self.device_map is None:
+            for name in ("max_memory", "offload_folder"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} is set, but there is no device_map; use auto")
+            return
+        if self.device not in ("auto", "cpu"):
+            raise ConfigError(
+                f"device is {self.device!r}, but device_map says where layers are; leave device at "
+                "auto, or use cpu for no GPU"
+            )
+        if self.adapter is not None:
+            raise ConfigError(
+                f"the adapter {self.adapter!r} cannot be put into layers that a device_map has "
+                "spread; merge it into a checkpoint of its own (peft's merge_and_unload) and load "
+                "that"
+            )
+        if isinstance(self.placement, dict):
+            if self.max_memory is not None:
+                raise ConfigError("max_memory goes with device_map auto, not with a map of modules")
+            if self.lower_layers is not None:
+                raise ConfigError(
+                    "a leaf worker has only the lowest layers, for which a map of all modules does "
+                    f"not fit; use device_map {' or '.join(DEVICE_MAPS)}"
+                )
+        elif self.placement not in DEVICE_MAPS:
+            raise ConfigError(
+                f"device_map is {self.device_map!r}; use one of {', '.join(DEVICE_MAPS)}, or a map "
+                'as JSON, like {"model.embed_tokens": 0, "model.layers.0": "disk"}'
+            )
+        self.memory_limits  # noqa: B018
 
     @classmethod
     def of(cls, options: LoadOptions | None, given: Mapping[str, Any]) -> LoadOptions:
-        """`options`, or the defaults, with the fields of `given` in their place."""
-        return dataclasses.replace(options or cls(), **given)
+        """`options`, or the defaults, with the fields of `given` in their place.
+
+        Maps of devices and of memory may be given as such.
+        """
+        texts: dict[str, Any] = {
+            name: json.dumps(value, default=str) if isinstance(value, Mapping) else value
+            for name, value in given.items()
+        }
+        return dataclasses.replace(options or cls(), **texts)
+
+    @property
+    def placement(self) -> dict[str, int | str] | str | None:
+        """`device_map` as accelerate takes it: a map of modules, or how to make one."""
+        if self.device_map is None or not self.device_map.lstrip().startswith("{"):
+            return self.device_map
+        return _read_map("device_map", self.device_map)
+
+    @property
+    def memory_limits(self) -> dict[int | str, int | str] | None:
+        """`max_memory` as accelerate takes it: GPUs by their numbers."""
+        if self.max_memory is None:
+            return None
+        limits = _read_map("max_memory", self.max_memory)
+        return {int(name) if name.isdigit() else name: limit for name, limit in limits.items()}
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -104,6 +175,19 @@ class LoadOptions:
             "local_files_only": self.local_files_only,
         }
         return {name: value for name, value in places.items() if value}
+
+
+def _read_map(name: str, text: str) -> dict[str, int | str]:
+    try:
+        read = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}, which is no JSON: {error}") from error
+    if not isinstance(read, dict) or not all(type(value) in (int, str) for value in read.values()):
+        raise ConfigError(
+            f"{name} is {text!r}; write an object of numbers and texts as JSON, like "
+            '{"0": "20GiB", "cpu": "60GiB"}'
+        )
+    return read
 
 
 def read_token(file: str | Path | None) -> str | None:

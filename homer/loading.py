@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from homer.adapters import add_adapter
 from homer.checkpoint import find_shards
+from homer.device_map import check_modules, mend_tied_head, placement_arguments
 from homer.errors import CheckpointError, ConfigError, HomerError, ModelError
 from homer.load_options import LoadOptions
 from homer.load_progress import shown_by_shards
@@ -79,7 +80,7 @@ def load_model(
     Raises
     ------
     ConfigError
-        When options contradict each other or the checkpoint.
+        When options contradict each other, the checkpoint, or the devices that there are.
     CheckpointError
         When files are missing, damaged, or another model's.
     ModelError
@@ -93,7 +94,7 @@ def load_model(
     config = load_config(path_or_id, **options.hub)
     shards = find_shards(path_or_id)
     with _explained(path_or_id):
-        target = torch.device(_choose_device(options.device))
+        target = _choose_device(options)
         kwargs = {**_arguments(options, config, target), **kwargs}
         if "distributed_config" in kwargs:
             # Each rank's part goes to its own device.
@@ -103,6 +104,8 @@ def load_model(
                 model = _fill(AutoModelForCausalLM, path_or_id, kwargs)
             else:
                 model = _load_lower(path_or_id, config, options.lower_layers, kwargs)
+    if options.device_map is not None:
+        mend_tied_head(model)
     if options.adapter is not None:
         add_adapter(model, options)
     report = LoadReport.of(model, time.perf_counter() - started)
@@ -119,7 +122,9 @@ def _arguments(options: LoadOptions, config: Any, target: torch.device) -> dict[
     arguments: dict[str, Any] = {**options.hub, "dtype": options.dtype}
     if options.attention != "auto":
         arguments["attn_implementation"] = options.attention
-    if target.type != "cpu":
+    if options.device_map is not None:
+        arguments.update(placement_arguments(options))
+    elif target.type != "cpu":
         # Each weight goes there as it is read, with no copy of the model on the CPU.
         arguments["device_map"] = {"": str(target)}
     quantization = quantization_for(config, options.quantization)
@@ -134,6 +139,7 @@ def _fill(kind: Any, path_or_id: str | Path, arguments: dict[str, Any]) -> Any:
     transformers would give missing weights random numbers, and say so in a warning.
     """
     model, info = kind.from_pretrained(path_or_id, output_loading_info=True, **arguments)
+    check_modules(model, arguments.get("device_map"))
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{str(path_or_id)!r} lacks {len(missing)} weights of {type(model).__name__}, like "
@@ -202,10 +208,10 @@ def _explained(path_or_id: str | Path) -> Iterator[None]:
         raise ModelError(f"cannot load the model {name!r}: {error}") from error
 
 
-def _choose_device(device: str) -> str:
-    if device == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    return device
+def _choose_device(options: LoadOptions) -> torch.device:
+    if options.device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return torch.device(options.device)
 
 
 def _weight_bytes(model: Any) -> int:

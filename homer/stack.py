@@ -157,6 +157,12 @@ class LayerStack:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    def synchronize(self) -> None:
+        """Wait until all devices have done what they were told to do."""
+        for device in self.devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
     def check_ids(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """`ids` of shape (n,) or (1, n) as int64 of shape (n,), checked against the vocabulary."""
         ids = torch.as_tensor(ids)

@@ -81,6 +81,13 @@ class Budget:
         self.reserved_bytes = 0
         self._held = held
 
+    @property
+    def free_bytes(self) -> int | None:
+        """What is neither held nor reserved; None where there is no limit."""
+        if not self.total_bytes:
+            return None
+        return max(0, self.total_bytes - self._held() - self.reserved_bytes)
+
     @contextmanager
     def reserve(self, need_bytes: int, what: str, spare_bytes: int = 0) -> Iterator[None]:
         """Take `need_bytes` for work inside the block, and leave `spare_bytes` free beside it.

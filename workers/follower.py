@@ -78,16 +78,17 @@ class Follower:
         message = worker_pb2.RequestSpec.FromString(base64.b64decode(spec))
         self._held[key] = make_encoder(self._model, message)
 
-    def _subtree(self, encoder: str, node: Sequence[int], ids: list[int], key: str) -> None:
-        span = torch.tensor(ids, dtype=torch.int64)
-        self._keep(self._as(TreeEncoder, encoder).run_subtree(NodeId(*node), span), key)
-
-    def _merge(
-        self, encoder: str, node: Sequence[int], children: Sequence[dict[str, Any]], key: str
-    ) -> None:
+    def _run(self, encoder: str, nodes: Sequence[dict[str, Any]]) -> None:
         tree = self._as(TreeEncoder, encoder)
-        given = [self._state(child, tree) for child in children]
-        self._keep(tree.merge(NodeId(*node), given), key)
+        planned = [tree.plan.by_id[NodeId(*told["node"])] for told in nodes]
+        inputs = [
+            self._indices(told["given"])
+            if node.is_leaf
+            else [self._state(child, tree) for child in told["given"]]
+            for node, told in zip(planned, nodes, strict=True)
+        ]
+        for state, told in zip(tree.run_together(planned, inputs), nodes, strict=True):
+            self._keep(state, told["key"])
 
     def _finishing(self, encoder: str, root: dict[str, Any], room: int, key: str) -> None:
         tree = self._as(TreeEncoder, encoder)

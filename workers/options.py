@@ -119,7 +119,7 @@ class WorkerOptions:
         if self.engine != "torch" and self.load != plain:
             raise ConfigError(
                 f"engine {self.engine} takes of the options for loading only device and dtype; use "
-                "engine torch for revisions, attention, quantization and adapters"
+                "engine torch for revisions, attention, quantization, adapters and device maps"
             )
         self._check_role()
         if self.memory_budget != "auto":

@@ -6,7 +6,7 @@ with, and then done here. Knows nothing about processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 
 from homer.context import CompressedContext, KVRows
 from homer.decode import DecodeCache, decode_step
-from homer.encode import NodeReport, TreeEncoder
+from homer.encode import NodeInput, TreeEncoder
 from homer.finish import CacheBuilder
-from homer.plan import NodeId
+from homer.plan import PlanNode
 from homer.state import ElsewhereToo, KVShard, LayerKV, NodeState
 from homer.v1 import worker_pb2
 from workers.engine import Engine, LoadedModel
@@ -121,40 +121,31 @@ class RankedEncoder(TreeEncoder):
         self._handle = self._group.new_handle()
         self._group.tell("encoder", key=self._handle.key, spec=encode_message(spec))
 
-    def run_subtree(
-        self,
-        node_id: NodeId,
-        context_ids: torch.Tensor,
-        on_node: Callable[[NodeReport], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
-        leaf_batch_size: int = 1,
-    ) -> NodeState:
-        assert should_stop is None, "ranks cannot be asked in the middle of a subtree"
-        assert leaf_batch_size == 1, "ranks would have to be told"
-        handle = self._group.new_handle()
-        with self._group.together(
-            "subtree",
-            encoder=self._handle.key,
-            node=list(node_id),
-            ids=context_ids.tolist(),
-            key=handle.key,
-        ):
-            state = super().run_subtree(node_id, context_ids, on_node)
-        return self._named(state, handle)
-
-    def merge(self, node_id: NodeId, children: Sequence[NodeState]) -> NodeState:
-        handle = self._group.new_handle()
-        with self._group.together(
-            "merge",
-            encoder=self._handle.key,
-            node=list(node_id),
-            children=[_describe(child) for child in children],
-            key=handle.key,
-        ):
+    @torch.inference_mode()
+    def run_together(
+        self, nodes: Sequence[PlanNode], inputs: Sequence[NodeInput]
+    ) -> list[NodeState]:
+        handles = [self._group.new_handle() for _ in nodes]
+        told = [
+            {
+                "node": list(node.id),
+                "key": handle.key,
+                "given": given.tolist()
+                if isinstance(given, torch.Tensor)
+                else [_describe(child) for child in given],
+            }
+            for node, handle, given in zip(nodes, handles, inputs, strict=True)
+        ]
+        with self._group.together("run", encoder=self._handle.key, nodes=told):
             # What came from other workers is on no other rank yet.
-            here = [child if child.elsewhere else self._share(child) for child in children]
-            state = super().merge(node_id, here)
-        return self._named(state, handle)
+            here = [
+                given
+                if isinstance(given, torch.Tensor)
+                else [child if child.elsewhere else self._share(child) for child in given]
+                for given in inputs
+            ]
+            states = super().run_together(nodes, here)
+        return [self._named(state, handle) for state, handle in zip(states, handles, strict=True)]
 
     @torch.inference_mode()
     def finishing(self, root: NodeState, room_tokens: int = 0) -> CacheBuilder:

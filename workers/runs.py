@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from homer.encode import TreeEncoder
+from homer.encode import NodeInput, TreeEncoder, take_input
 from homer.errors import PromptError
+from homer.memory import least_memory
+from homer.order import node_batches
 from homer.plan import NodeId, PlanNode
 from homer.state import NodeState
 from homer.v1 import worker_pb2
@@ -76,61 +78,72 @@ class Runner:
     ) -> None:
         """Run a subtree depth-first, as `TreeEncoder.run_subtree` does, with a step for each node.
 
-        Between steps other requests get their turn.
+        Where weights are offloaded, a step is a batch of nodes, as large as half of what is free
+        has room for. Between steps other requests get their turn.
         """
         footprint, plan = self.model.stack.footprint, held.plan
+        # Merges free memory: what is new may not take the room that they need.
+        spare_bytes = footprint.largest_merge(plan)
+        # Others may begin beside it.
+        batch_size = held.encoder.choose_batch_size(
+            node_id, (self._free_bytes() - spare_bytes) // 2
+        )
         reserved = self.budget.reserve(
-            footprint.subtree(plan, node_id),
+            footprint.subtree(plan, node_id, batch_size),
             f"the subtree of node {tuple(node_id)}",
-            # Merges free memory: what is new may not take the room that they need.
-            spare_bytes=footprint.largest_merge(plan),
+            spare_bytes,
         )
         with reserved, SubtreeSpans(self.tracing, plan, node_id) as spans:
-            await self._run_nodes(held, node_id, context_ids, emit, spans, report_kept)
+            await self._run_nodes(held, node_id, context_ids, batch_size, emit, spans, report_kept)
+
+    def _free_bytes(self) -> int:
+        free = self.budget.free_bytes
+        return least_memory(self.model.stack.devices).free_bytes if free is None else free
 
     async def _run_nodes(
         self,
         held: HeldRequest,
         node_id: NodeId,
         context_ids: torch.Tensor,
+        batch_size: int,
         emit: Callable[[worker_pb2.RunSubtreeResponse], None],
         spans: SubtreeSpans,
         report_kept: bool,
     ) -> None:
         held.forget_subtree(node_id)
-        encoder = held.encoder
-        nodes = held.plan.subtree(node_id)
-        first = nodes[-1].context_start
-        done: list[NodeState] = []
-        for node in nodes:
-            if node.is_leaf:
-                span = context_ids[node.context_start - first : node.context_end - first]
-                ran = await self.engine.step(_timed_leaf, encoder, node, span)
-                self.counters.leaves_done += 1
-                self.metrics.leaf_done(node.context_in, ran.seconds)
-            else:
-                count = len(node.children)
-                children = [done.pop() for _ in range(count)][::-1]
-                ran = await self.engine.step(_timed_merge, encoder, node, children)
-                self.counters.merges_done += 1
-                self.metrics.merge_done(node.id.height, ran.seconds)
-                children.clear()
-            spans.node_done(node, ran.started_unix_seconds, ran.seconds)
-            done.append(ran.state)
-            if node.id == node_id:
-                held.keep(ran.state)
-            kept = ran.state.context_indices.tolist() if report_kept else ()
-            emit(
-                worker_pb2.RunSubtreeResponse(
-                    node=write_node(node.id),
-                    context_tokens_in=node.context_in,
-                    context_tokens_out=node.context_out,
-                    compute_seconds=ran.seconds,
-                    started_unix_seconds=ran.started_unix_seconds,
-                    kept_runs=write_runs(kept, node.context_start),
+        top = held.plan.by_id[node_id]
+        done: dict[NodeId, NodeState] = {}
+        for batch in node_batches(held.plan, node_id, batch_size):
+            inputs = [take_input(node, top, context_ids, done) for node in batch]
+            ran = await self.engine.step(_timed, held.encoder, batch, inputs)
+            # What the children left has gone into the merges.
+            inputs.clear()
+            for node, state, began in zip(batch, ran.states, ran.began, strict=True):
+                done[node.id] = state
+                self._count(node, ran.seconds)
+                spans.node_done(node, began, ran.seconds)
+                if node.id == node_id:
+                    held.keep(state)
+                kept = state.context_indices.tolist() if report_kept else ()
+                emit(
+                    worker_pb2.RunSubtreeResponse(
+                        node=write_node(node.id),
+                        context_tokens_in=node.context_in,
+                        context_tokens_out=node.context_out,
+                        compute_seconds=ran.seconds,
+                        started_unix_seconds=began,
+                        kept_runs=write_runs(kept, node.context_start),
+                    )
                 )
-            )
-            del ran
+            del ran, state
+
+    def _count(self, node: PlanNode, seconds: float) -> None:
+        if node.is_leaf:
+            self.counters.leaves_done += 1
+            self.metrics.leaf_done(node.context_in, seconds)
+        else:
+            self.counters.merges_done += 1
+            self.metrics.merge_done(node.id.height, seconds)
 
     async def merge(
         self,
@@ -161,9 +174,9 @@ class Runner:
             )
         )
         transfer_seconds = time.perf_counter() - started
-        ran = await self.engine.step(_timed_merge, held.encoder, node, children)
-        self.counters.merges_done += 1
-        self.metrics.merge_done(node_id.height, ran.seconds)
+        ran = await self.engine.step(_timed, held.encoder, [node], [children])
+        (state,), (began,) = ran.states, ran.began
+        self._count(node, ran.seconds)
         if any(addresses):
             self.tracing.record(
                 "transfer",
@@ -171,10 +184,10 @@ class Runner:
                 transfer_seconds,
                 attributes={"received_bytes": received[0]},
             )
-        self.tracing.record("compute", ran.started_unix_seconds, ran.seconds)
-        kept = ran.state.context_indices
+        self.tracing.record("compute", began, ran.seconds)
+        kept = state.context_indices
         await self.prune(held, node_id, kept)
-        held.keep(ran.state)
+        held.keep(state)
         emit(
             worker_pb2.MergeResponse(
                 node=write_node(node_id),
@@ -184,7 +197,7 @@ class Runner:
                 transfer_seconds=transfer_seconds,
                 received_bytes=received[0],
                 context_indices=kept.tolist(),
-                started_unix_seconds=ran.started_unix_seconds,
+                started_unix_seconds=began,
                 transfer_started_unix_seconds=transfer_began,
             )
         )
@@ -258,29 +271,21 @@ def check_children(node: PlanNode, given: Sequence[NodeId]) -> None:
 
 @dataclass(frozen=True)
 class _Ran:
-    """A node that was run: what it left, when the model began with it, and how long it took."""
+    """Nodes that were run: what they left, when each began, and the seconds that each took.
 
-    state: NodeState
-    started_unix_seconds: float
+    Nodes of a batch run in turns, layer by layer; each is given an even part of the time.
+    """
+
+    states: list[NodeState]
+    began: list[float]
     seconds: float
 
 
-def _timed_leaf(encoder: TreeEncoder, node: PlanNode, context_ids: torch.Tensor) -> _Ran:
-    return _timed(lambda: encoder.run_subtree(node.id, context_ids))
-
-
-def _timed_merge(encoder: TreeEncoder, node: PlanNode, children: Sequence[NodeState]) -> _Ran:
-    return _timed(lambda: encoder.merge(node.id, children))
-
-
-def _timed(run: Callable[[], NodeState]) -> _Ran:
+def _timed(encoder: TreeEncoder, nodes: Sequence[PlanNode], inputs: Sequence[NodeInput]) -> _Ran:
     started_unix_seconds, started = time.time(), time.perf_counter()
-    state = run()
-    _wait_for_device(state)
-    return _Ran(state, started_unix_seconds, time.perf_counter() - started)
-
-
-def _wait_for_device(state: NodeState) -> None:
-    """A node is done when its numbers are there, not when an accelerator was told to make them."""
-    if state.hidden.is_cuda:
-        torch.cuda.synchronize(state.hidden.device)
+    states = encoder.run_together(nodes, inputs)
+    # A node is done when its numbers are there, not when an accelerator was told to make them.
+    encoder.stack.synchronize()
+    seconds = (time.perf_counter() - started) / len(nodes)
+    began = [started_unix_seconds + number * seconds for number in range(len(nodes))]
+    return _Ran(states, began, seconds)

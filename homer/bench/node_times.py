@@ -82,7 +82,7 @@ def _time_plan(stack: LayerStack, shape: ModelShape, plan: MergePlan) -> Iterato
     layers = plan.num_layers
 
     def short_run(kind: str, tokens: int, past: int, started: float) -> NodeTime:
-        _wait(stack)
+        stack.synchronize()
         seconds = time.perf_counter() - started
         flops = suffix_flops(shape, tokens, past, layers)
         return NodeTime(kind, tokens, past, layers, flops, seconds)
@@ -96,7 +96,7 @@ def _time_plan(stack: LayerStack, shape: ModelShape, plan: MergePlan) -> Iterato
 
     def on_node(report: NodeReport) -> None:
         nonlocal started
-        _wait(stack)
+        stack.synchronize()
         node, now = plan.by_id[report.node], time.perf_counter()
         tokens = node.context_in + plan.suffix_len
         flops = node_flops(plan, shape, node)
@@ -151,11 +151,6 @@ def measure_side_by_side(
         for process in running:
             process.kill()
             process.wait()
-
-
-def _wait(stack: LayerStack) -> None:
-    if stack.device.type == "cuda":
-        torch.cuda.synchronize(stack.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

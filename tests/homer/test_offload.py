@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
-from transformers import AutoModelForCausalLM
 
 from homer import HomerConfig, HomerModel, MergePlan
 from homer.context import CompressedContext
@@ -18,6 +17,8 @@ from homer.devices import offloaded_parts, weights_held
 from homer.encode import NodeReport, TreeEncoder
 from homer.errors import ConfigError
 from homer.footprint import Footprint
+from homer.load_options import LoadOptions
+from homer.loading import load_model
 from homer.order import node_batches
 from homer.plan import NodeId
 from homer.stack import LayerStack
@@ -34,20 +35,16 @@ def plan_for(config: HomerConfig, num_layers: int = 8) -> MergePlan:
 
 
 def on_disk(name: str, folder: Path) -> Any:
-    """A model of the families' tests, all but its embeddings (and what is tied to them) on disk."""
+    """A model of the families' tests, all but its embeddings on disk; also a head tied to them."""
     plain = load_plain(name)
-    outside = ["layers", "norm", "final_layer_norm"]
-    if not plain.config.tie_word_embeddings:
-        outside.append("lm_head")
+    outside = ["layers", "norm", "final_layer_norm", "lm_head"]
     device_map = {
         f"{prefix}{child}": "disk" if child in outside else "cpu"
         for prefix, parent in (("", plain), (f"{plain.base_model_prefix}.", plain.base_model))
         for child, _ in parent.named_children()
         if f"{prefix}{child}" != plain.base_model_prefix
     }
-    return AutoModelForCausalLM.from_pretrained(
-        model_dir(name), device_map=device_map, offload_folder=str(folder)
-    ).eval()
+    return load_model(model_dir(name), device_map=device_map, offload_folder=str(folder))
 
 
 def compress(model: Any, leaf_batch_size: int, config: HomerConfig = CONFIG) -> CompressedContext:
@@ -216,3 +213,70 @@ def test_a_batch_takes_more_memory_than_a_leaf() -> None:
 def test_a_negative_batch_size_is_refused() -> None:
     with pytest.raises(ConfigError, match="leaf_batch_size"):
         HomerModel(tiny_llama(4), CONFIG, leaf_batch_size=-1)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gpt-neox"])
+def test_an_automatic_map_fills_memory_and_then_the_disk(name: str) -> None:
+    resident = load_model(model_dir(name), dtype="bfloat16")
+    half = sum(p.nbytes for p in resident.parameters()) // 2
+    outside = load_model(
+        model_dir(name), dtype="bfloat16", device="cpu", device_map="auto", max_memory={"cpu": half}
+    )
+    places = outside.hf_device_map.values()
+    assert set(places) == {"cpu", "disk"}
+    inside = sum(p.nbytes for p in outside.parameters() if p.device.type == "cpu")
+    assert 0 < inside <= half
+    assert_same(compress(outside, 0), compress(resident, 1))
+
+
+def test_an_automatic_map_of_the_lowest_layers() -> None:
+    lower = load_model(
+        model_dir("llama3"), device_map="auto", max_memory={"cpu": 100_000}, lower_layers=4
+    )
+    stack, whole = LayerStack(lower), LayerStack(load_plain("llama3"))
+    assert (stack.loaded_layers, stack.offloads) == (4, True)
+    plan = plan_for(CONFIG)
+    (leaf, *_) = plan.leaves
+    states = [
+        TreeEncoder(one, plan, PARTS[0], PARTS[2]).run_subtree(
+            leaf.id, PARTS[1][: leaf.context_end]
+        )
+        for one in (stack, whole)
+    ]
+    assert torch.equal(states[0].hidden, states[1].hidden)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": "everywhere"}, "use one of auto, balanced"),
+        ({"device_map": '{"lm_head": '}, "which is no JSON"),
+        ({"device_map": '{"lm_head": [1]}'}, "an object of numbers and texts"),
+        ({"device_map": "auto", "max_memory": "60GiB"}, "max_memory is '60GiB', which is no JSON"),
+        ({"max_memory": '{"cpu": "1GiB"}'}, "there is no device_map; use auto"),
+        ({"offload_folder": "/tmp"}, "there is no device_map; use auto"),
+        ({"device_map": "auto", "device": "cuda:1"}, "leave device at auto"),
+        ({"device_map": "auto", "adapter": "lora"}, "merge it into a checkpoint"),
+        ({"device_map": '{"": "disk"}', "max_memory": '{"cpu": 1}'}, "not with a map of modules"),
+        ({"device_map": '{"": "disk"}', "lower_layers": 2}, "use device_map auto"),
+    ],
+)
+def test_device_maps_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoadOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": "auto", "max_memory": {9: "1GiB"}}, r"max_memory names 9, but .* GPUs"),
+        ({"device_map": {"": "cuda:9"}}, r"device_map names cuda:9, but"),
+        ({"device_map": {"": 0}, "device": "cpu"}, r"names 0, but this process has 0 GPUs"),
+        ({"device_map": {"model": "cpu", "lm_haed": "cpu"}}, "names lm_haed, which LlamaForCausal"),
+    ],
+)
+def test_devices_and_modules_that_are_not_there_are_named(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_model(model_dir("llama3"), **options)
