@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from cluster.cli import bench_cluster, bench_decode, bench_simulate
+from cluster.cli import bench_cluster, bench_decode, bench_offload, bench_simulate
 from cluster.cli.bench_output import OUT, Out, machine_facts, measuring, print_table, save_results
 from cluster.cli.settings import AsJson
 from homer.config import ScoreKind
@@ -33,6 +33,7 @@ app = typer.Typer(
     help="Measure speed, memory, transfer, answers and scaling.", no_args_is_help=True
 )
 app.command()(bench_decode.decode)
+app.command()(bench_offload.offload)
 app.command()(bench_cluster.scaling)
 app.command()(bench_cluster.overhead)
 app.command()(bench_cluster.wire)
@@ -211,6 +212,7 @@ def everything(model: Model = None, out: Out = OUT, as_json: AsJson = False) -> 
         bench_cluster.measure_worker_memory("16384,65536", 2, out)
         _transport(512, 5, out)
         _wire_dtype(10, out)
+        bench_offload.measure_batches(bench_offload.OFFLOAD_TOKENS, [1, 0], 1, out)
         bench_simulate.simulate_few(out)
         _quality("passkey", few)
         _quality("multikey", few)

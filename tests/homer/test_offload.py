@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook
 
 from homer import HomerConfig, HomerModel, MergePlan
+from homer.bench.offload import count_moved
 from homer.context import CompressedContext
 from homer.devices import offloaded_parts, weights_held
 from homer.encode import NodeReport, TreeEncoder
@@ -60,33 +58,6 @@ def assert_same(one: CompressedContext, other: CompressedContext) -> None:
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-class Counted(Mapping[str, torch.Tensor]):
-    """Weights that lie outside, and how often each of their bytes was brought in."""
-
-    def __init__(self, weights: Mapping[str, torch.Tensor], brought: Counter[str], name: str):
-        self.weights, self.brought, self.name = weights, brought, name
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        tensor = self.weights[key]
-        self.brought[f"{self.name}.{key}"] += 1
-        return tensor
-
-    def __iter__(self) -> Any:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-
-def count_reads(model: Any) -> Counter[str]:
-    brought: Counter[str] = Counter()
-    for name, part in model.named_modules():
-        hook = getattr(part, "_hf_hook", None)
-        if isinstance(hook, AlignDevicesHook) and hook.offload:
-            hook.weights_map = Counted(hook.weights_map, brought, name)
-    return brought
-
-
 @pytest.mark.parametrize("config", [CONFIG, PAPER], ids=["default", "paper"])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
 def test_every_node_runs_once_and_behind_its_children(config: HomerConfig, size: int) -> None:
@@ -133,7 +104,7 @@ def test_weights_of_leaves_are_read_once_for_each_batch(tmp_path: Path) -> None:
     model = on_disk("llama3", tmp_path)
     stack, plan = LayerStack(model), plan_for(CONFIG)
     leaves, top = plan.leaves, plan.leaves[0].layer_end
-    reads = count_reads(model)
+    reads, _ = count_moved(model)
 
     def reads_by_layer(size: int) -> dict[int, set[int]]:
         encoder = TreeEncoder(stack, plan, PARTS[0], PARTS[2])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from homer.bench.offload import count_moved
 from homer.encode import TreeEncoder
 from homer.errors import ConfigError
 from homer.load_options import LoadOptions
@@ -19,7 +20,7 @@ from homer.stack import LayerStack
 from homer.state import NodeState
 from homer.v1 import worker_pb2
 from tests.homer.families.zoo import load_plain
-from tests.homer.test_offload import CONFIG, PARTS, count_reads, on_disk, plan_for
+from tests.homer.test_offload import CONFIG, PARTS, on_disk, plan_for
 from tests.workers.processes import Prompt
 from workers.__main__ import parse_options
 from workers.budget import Budget
@@ -97,7 +98,7 @@ def test_a_worker_reads_weights_once_for_each_batch_and_tells_of_every_node(
     three = footprint.subtree(PLAN, ROOT, 3)
     outside.budget.total_bytes = 2 * three + footprint.largest_merge(PLAN) + 2
     assert encoder.choose_batch_size(ROOT, three + 1) == 3
-    reads = count_reads(outside.model.stack.model)
+    reads, _ = count_moved(outside.model.stack.model)
     events = run_root(outside, held)
 
     assert_as_one_by_one(held)
@@ -127,7 +128,7 @@ def test_where_there_is_room_for_one_leaf_they_run_one_by_one(outside: Fixture) 
     footprint = outside.model.stack.footprint
     need = footprint.subtree(PLAN, ROOT)
     outside.budget.total_bytes = need + footprint.largest_merge(PLAN)
-    reads = count_reads(outside.model.stack.model)
+    reads, _ = count_moved(outside.model.stack.model)
     run_root(outside, held)
     assert_as_one_by_one(held)
     times = {times for name, times in reads.items() if name.startswith("model.layers.0.")}
