@@ -68,7 +68,7 @@ class ServeOptions:
     leaf_layers : int
     threads : int
     gpus_per_worker : float
-        Below 1, several workers share a GPU.
+        Below 1, several workers share a GPU. Above, layers are spread over so many.
     engine : Engine
         What runs the model of each worker.
     ranks : int
@@ -198,17 +198,22 @@ class ServeOptions:
             raise ConfigError(
                 f"gpus_per_worker is {self.gpus_per_worker:g}; use more than 0, or cpu for none"
             )
-        if self.gpus_per_worker > 1 and not self.cpu:
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise ConfigError(
-                f"gpus_per_worker is {self.gpus_per_worker:g}; a worker runs its model on one GPU: "
-                "use 1, or a share like 0.5 of one that several workers use; or ranks, for a model "
-                "split over several GPUs"
+                f"gpus_per_worker is {self.gpus_per_worker:g}; use whole GPUs, over which layers "
+                "are spread, or a share like 0.5 of one that several workers use"
             )
-        if self.ranks > 1 and self.gpus_per_worker < 1 and not self.cpu:
+        whole = self.gpus_per_worker if self.ranks > 1 else max(1, self.gpus_per_worker)
+        if self.engine != "torch" and whole != 1 and not self.cpu:
             raise ConfigError(
                 f"gpus_per_worker is {self.gpus_per_worker:g}; each of {self.ranks} ranks needs a "
                 "GPU of its own: leave it at 1"
             )
+        if self.load.device_map is not None and self.cpu_workers:
+            raise ConfigError("device_map is for workers of one kind; leave cpu_workers out")
+        self._load_for(self.main_spec)
+        if self.leaf_workers:
+            self._load_for(replace(self.main_spec, leaf=True))
         if self.cpu and self.cpu_workers:
             raise ConfigError("cpu_workers go beside workers on GPUs; with cpu use workers alone")
 
@@ -291,11 +296,22 @@ class ServeOptions:
         there may be of them and the node's processors, `node_cpus`, have room for.
         """
         if spec.gpus:
-            return spec.gpus / self.ranks
+            return min(1.0, spec.gpus / self.ranks)
         if self.placement == "strict-spread":
             return 1.0
         there_may_be = self.most + self.leaf_workers if self.cpu else self.cpu_workers
         return 1 / max(1, min(there_may_be, int(node_cpus // spec.cpus)))
+
+    def _load_for(self, spec: WorkerSpec) -> LoadOptions:
+        """How a worker loads the model: on its GPU, spread over all that it has, or on the CPU."""
+        spread = self.load.device_map or ("auto" if spec.gpus / self.ranks > 1 else None)
+        if spread is None:
+            return replace(self.load, device="cuda:0" if spec.gpus else "cpu")
+        device = "auto" if spec.gpus else "cpu"
+        load = replace(self.load, device=device, device_map=spread)
+        if spec.leaf:
+            load.check_lower_layers()
+        return load
 
     def worker_options(
         self, spec: WorkerSpec, *, name: str, host: str, node_cpus: float
@@ -304,7 +320,7 @@ class ServeOptions:
         return WorkerOptions(
             model=self.model,
             host=host,
-            load=replace(self.load, device="cuda:0" if spec.gpus else "cpu"),
+            load=self._load_for(spec),
             role="leaf" if spec.leaf else "full",
             leaf_layers=self.leaf_layers if spec.leaf else 0,
             wire_dtype=self.wire_dtype,

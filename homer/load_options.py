@@ -128,16 +128,27 @@ class LoadOptions:
             if self.max_memory is not None:
                 raise ConfigError("max_memory goes with device_map auto, not with a map of modules")
             if self.lower_layers is not None:
-                raise ConfigError(
-                    "a leaf worker has only the lowest layers, for which a map of all modules does "
-                    f"not fit; use device_map {' or '.join(DEVICE_MAPS)}"
-                )
+                self.check_lower_layers()
         elif self.placement not in DEVICE_MAPS:
             raise ConfigError(
                 f"device_map is {self.device_map!r}; use one of {', '.join(DEVICE_MAPS)}, or a map "
                 'as JSON, like {"model.embed_tokens": 0, "model.layers.0": "disk"}'
             )
         self.memory_limits  # noqa: B018
+
+    def check_lower_layers(self) -> None:
+        """Refuse a map of modules, where only the lowest layers are loaded.
+
+        Raises
+        ------
+        ConfigError
+            What to use.
+        """
+        if isinstance(self.placement, dict):
+            raise ConfigError(
+                "a leaf worker has only the lowest layers, for which a map of all modules does not "
+                f"fit; use device_map {' or '.join(DEVICE_MAPS)}"
+            )
 
     @classmethod
     def of(cls, options: LoadOptions | None, given: Mapping[str, Any]) -> LoadOptions:

@@ -21,6 +21,7 @@ from homer.stack import LayerStack
 from homer.v1 import worker_pb2
 from workers.errors import TensorStreamError
 from workers.peer import PeerPool
+from workers.staging import Places
 from workers.tensor_stream import Limits
 from workers.wire import LayerRows, gather_check
 
@@ -135,8 +136,10 @@ class Gather:
             tensors=5 * stack.num_layers,
         )
 
+        places = Places.of(stack)
+
         async def attempt() -> None:
-            layers = LayerRows(stack.device)
+            layers = LayerRows(places)
             check = gather_check(stack, max_rows, self._peers.wire)
             pulling = self._peers.pull(
                 address,
@@ -146,7 +149,7 @@ class Gather:
                 check,
                 on_received=self._count,
                 dtype=stack.dtype,
-                device=stack.device,
+                places=places,
             )
             async with aclosing(pulling) as pulled:
                 async for named in pulled:

@@ -26,7 +26,7 @@ from workers.errors import BrokenStreamError, DamagedStreamError, PeerError
 from workers.frames import SMALL_BYTES, Packed
 from workers.options import STALL_SECONDS
 from workers.shared_ring import RingInlet, can_share, open_ring
-from workers.staging import Staging
+from workers.staging import Places, Staging
 from workers.tensor_stream import Limits, NamedTensor, Spec, StreamReader, encode_stream
 from workers.transport import CHANNEL_OPTIONS, tensor_call
 from workers.wire_format import Decoder, WireFormat
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 ATTEMPTS = 3
 _RECEIVE_THREADS = 4
 AS_IS = WireFormat()
-_CPU = torch.device("cpu")
+IN_MAIN_MEMORY = Places()
 
 
 @dataclass
@@ -80,7 +80,7 @@ class PeerPool:
         self._credentials = credentials
         self.wire = wire
         self._peers: dict[str, _Peer] = {}
-        self._stagings: dict[torch.device, Staging] = {}
+        self._stagings: dict[Places, Staging] = {}
         self._on_received = on_received
         self._on_transfer = on_transfer
         self._stall_seconds = stall_seconds
@@ -96,14 +96,15 @@ class PeerPool:
         check: Callable[[Sequence[Spec]], None],
         on_received: Callable[[int], None] | None = None,
         dtype: torch.dtype = torch.float32,
-        device: torch.device = _CPU,
+        places: Places = IN_MAIN_MEMORY,
     ) -> AsyncGenerator[NamedTensor, None]:
         """Call a tensor stream of the worker at `address`; yields tensors as they are complete.
 
         While what came is copied in another thread, the next message is waited for; while nobody
         asks for the next tensor, nothing is read, and the peer has to wait.
         `on_received` is told the bytes that each message of this stream brought across. `check` and
-        `limits` are for the tensors as they travel; they come out on `device`, floats as `dtype`.
+        `limits` are for the tensors as they travel; they come out where `places` says, floats as
+        `dtype`.
 
         Raises
         ------
@@ -125,7 +126,7 @@ class PeerPool:
         asked.CopyFrom(request)
         inlet.offer(asked.transfer)
         self.wire.ask(asked.transfer)
-        staging = self._staging(device)
+        staging = self._staging(places)
         reader = StreamReader(limits, check, staging)
         take = _Take(reader, self.wire.decoder(dtype), staging, inlet)
         call = tensor_call(peer.channel, method, asked)
@@ -213,10 +214,10 @@ class PeerPool:
             self._peers[address] = _Peer(channel)
         return self._peers[address]
 
-    def _staging(self, device: torch.device) -> Staging:
-        if device not in self._stagings:
-            self._stagings[device] = Staging(device)
-        return self._stagings[device]
+    def _staging(self, places: Places) -> Staging:
+        if places not in self._stagings:
+            self._stagings[places] = Staging(places)
+        return self._stagings[places]
 
     def _inlet(self, peer: _Peer) -> Inlet:
         if self._share_memory and peer.shares_memory:
@@ -246,7 +247,7 @@ class _Take:
             raise
         self.inlet.taken()
         return [
-            NamedTensor(name, self.staging.to_device(tensor))
+            NamedTensor(name, self.staging.to_device(name, tensor))
             for name, tensor in self.decoder.take(ready)
         ]
 

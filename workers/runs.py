@@ -28,6 +28,7 @@ from workers.metrics import WorkerMetrics
 from workers.peer import PeerPool
 from workers.plan_wire import write_node
 from workers.spans import SubtreeSpans
+from workers.staging import Places
 from workers.store import HeldRequest
 from workers.tensor_stream import Limits, NamedTensor
 from workers.tracing import Tracing
@@ -217,6 +218,8 @@ class Runner:
         def count(message_bytes: int) -> None:
             received[0] += message_bytes
 
+        places = Places.of(stack)
+
         async def fetch() -> list[NamedTensor]:
             pulling = self.peers.pull(
                 address,
@@ -226,13 +229,13 @@ class Runner:
                 must_equal(specs),
                 on_received=count,
                 dtype=stack.dtype,
-                device=stack.device,
+                places=places,
             )
             async with aclosing(pulling) as pulled:
                 return [named async for named in pulled]
 
         tensors = await self.peers.retried(fetch)
-        return read_state(child, tensors, stack.device)
+        return read_state(child, tensors, places)
 
     async def prune(self, held: HeldRequest, node_id: NodeId, kept: torch.Tensor) -> int:
         """Drop the rows below a merged node that did not survive it; returns the bytes freed.

@@ -33,7 +33,7 @@ from workers.options import WorkerOptions
 from workers.peer import PeerPool, choose_outlet, send_tensors
 from workers.plan_wire import read_node
 from workers.runs import Counters, Runner, check_children
-from workers.staging import Staging
+from workers.staging import Places, Staging
 from workers.store import HeldRequest, Store
 from workers.telling import worker_info, worker_stats
 from workers.tensor_stream import Spec
@@ -85,7 +85,7 @@ class WorkerServicer:
         )
         self.problem = ""
         self._runner: Runner | None = None
-        self._staging = Staging(torch.device("cpu"))
+        self._staging = Staging(Places())
         self._answers: Answering | None = None
         self._dropping: asyncio.Task[None] | None = None
         self._draining = False
@@ -113,7 +113,7 @@ class WorkerServicer:
         )
         self._metrics_port = metrics_port
         self._metrics.model_loaded(model.stack.loaded_layers, model.report.seconds)
-        self._staging = Staging(device)
+        self._staging = Staging(Places.of(model.stack))
         self._dropping = asyncio.create_task(self._drop_idle())
         self._runner = Runner(
             model,

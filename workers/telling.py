@@ -34,7 +34,7 @@ def worker_info(
         vocab_size=stack.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         dtype=str(stack.dtype).removeprefix("torch."),
-        device=str(stack.device),
+        device=", ".join(map(str, stack.devices)),
         calibrated=model.bias is not None,
         max_distance=model.max_distance,
         homer_version=homer.__version__,

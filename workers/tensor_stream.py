@@ -19,7 +19,7 @@ import xxhash
 from homer.v1 import tensor_pb2
 from workers.errors import DamagedStreamError, TensorLimitError, TensorStreamError
 from workers.frames import FRAME_BYTES, Packed, Piece, copy_bytes, pack_data, pack_frame
-from workers.staging import Staging
+from workers.staging import Places, Staging
 
 if sys.byteorder != "little":
     raise ImportError(
@@ -28,7 +28,7 @@ if sys.byteorder != "little":
 
 MAX_RANK = 8
 MAX_SIZE = 1 << 40
-IN_MAIN_MEMORY = Staging(torch.device("cpu"))
+IN_MAIN_MEMORY = Staging(Places())
 
 DTYPE_OF_WIRE = {
     tensor_pb2.DTYPE_FLOAT32: torch.float32,

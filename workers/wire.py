@@ -20,6 +20,7 @@ from homer.state import KVShard, LayerKV, NodeState, rows_of
 from homer.v1 import sampling_pb2, worker_pb2
 from workers import plan_wire
 from workers.errors import TensorStreamError
+from workers.staging import Places
 from workers.tensor_stream import NamedTensor, Spec
 from workers.wire_format import WireFormat
 
@@ -109,9 +110,11 @@ def state_specs(plan: MergePlan, node: PlanNode, stack: LayerStack) -> list[Spec
     return specs
 
 
-def read_state(node: NodeId, tensors: Sequence[NamedTensor], device: torch.device) -> NodeState:
+def read_state(node: NodeId, tensors: Sequence[NamedTensor], places: Places) -> NodeState:
     """The state whose tensors came in the order of `state_specs`; it has no shards here."""
-    hidden, position_ids, context_indices, *suffix = (named.tensor.to(device) for named in tensors)
+    hidden, position_ids, context_indices, *suffix = (
+        named.tensor.to(places[named.name]) for named in tensors
+    )
     suffix_kv: list[LayerKV] = list(zip(suffix[::2], suffix[1::2], strict=True))
     return NodeState(
         node=node,
@@ -170,7 +173,9 @@ def _pick(
 ) -> torch.Tensor:
     if not picked:
         return torch.empty(shape, dtype=stack.dtype)
-    return torch.cat([tensor.index_select(1, rows) for tensor, rows in picked], dim=1)
+    return torch.cat(
+        [tensor.index_select(1, rows.to(tensor.device)) for tensor, rows in picked], dim=1
+    )
 
 
 def gather_check(
@@ -197,21 +202,21 @@ def gather_check(
 class LayerRows:
     """Puts the tensors of a gather together to the rows of one layer after the other."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, places: Places) -> None:
+        self._places = places
         self._indices = torch.empty(0, dtype=torch.int64)
         self._keys = torch.empty(0)
 
     def take(self, named: NamedTensor) -> tuple[int, KVRows] | None:
         """The next tensor; a layer and its rows when it completed them."""
         kind, layer = named.name.split(".")
+        tensor = named.tensor.to(self._places[named.name])
         if kind == "indices":
-            self._indices = named.tensor.long().to(self._device)
+            self._indices = tensor.long()
         elif kind == "keys":
-            self._keys = named.tensor.to(self._device)
+            self._keys = tensor
         else:
-            values = named.tensor.to(self._device)
-            return int(layer), KVRows(self._indices, self._keys, values)
+            return int(layer), KVRows(self._indices, self._keys, tensor)
         return None
 
 

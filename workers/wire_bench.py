@@ -21,6 +21,7 @@ from homer.encode import TreeEncoder
 from homer.model import HomerModel
 from homer.state import NodeState
 from workers.options import WIRE_DTYPES
+from workers.staging import Places
 from workers.tensor_stream import NamedTensor, Spec
 from workers.wire import LayerRows, gather_tensors, read_state, state_tensors
 from workers.wire_format import WireFormat
@@ -101,7 +102,7 @@ def _answer(
     shards = [shard for state in there for shard in state.shards]
     specs, tensors = gather_tensors(shards, root.context_indices, homer.stack)
     rows: dict[int, KVRows] = {}
-    layers = LayerRows(homer.stack.device)
+    layers = LayerRows(Places.of(homer.stack))
     for named in way.bring(specs, tensors):
         complete = layers.take(named)
         if complete is not None:
@@ -126,7 +127,7 @@ class _Way:
     def state(self, state: NodeState) -> NodeState:
         named = state_tensors(state)
         came = self.bring([Spec.of(one) for one in named], [one.tensor for one in named])
-        return read_state(state.node, came, self._stack.device)
+        return read_state(state.node, came, Places.of(self._stack))
 
     def bring(self, specs: Sequence[Spec], tensors: Iterable[torch.Tensor]) -> list[NamedTensor]:
         travelling = self._wire.specs(specs)

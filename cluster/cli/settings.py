@@ -212,7 +212,10 @@ LeafLayers = Annotated[
 ]
 GpusPerWorker = Annotated[
     float,
-    typer.Option(help="1, or the share of a GPU, like 0.5.", rich_help_panel=_PLACEMENT),
+    typer.Option(
+        help="1; several, to spread layers over; or a share, like 0.5.",
+        rich_help_panel=_PLACEMENT,
+    ),
 ]
 PlacementOption = Annotated[
     str,

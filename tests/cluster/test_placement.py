@@ -9,6 +9,7 @@ import pytest
 from cluster.options import ServeOptions
 from cluster.placement import WorkerSpec, placement_problem, total
 from homer.errors import ConfigError
+from homer.load_options import LoadOptions
 
 
 def test_workers_on_the_cpu_take_their_threads() -> None:
@@ -68,6 +69,20 @@ def test_workers_are_told_their_budget_and_share() -> None:
     assert (told[2].model, told[2].name, told[2].host) == ("m", "worker-2", "10.0.0.7")
 
 
+def test_a_worker_with_several_gpus_spreads_its_layers_over_them() -> None:
+    two = ServeOptions(model="m", gpus_per_worker=2)
+    assert two.main_spec.bundle == {"CPU": 1, "GPU": 2}
+    told = two.worker_options(two.main_spec, name="", host="", node_cpus=8)
+    assert (told.load.device, told.load.device_map, told.memory_share) == ("auto", "auto", 1.0)
+    limits = LoadOptions(device_map="sequential", max_memory='{"0": "20GiB"}')
+    for given, device in (({"gpus_per_worker": 1}, "auto"), ({"cpu": True}, "cpu")):
+        options = ServeOptions(model="m", load=limits, **given)
+        load = options.worker_options(options.main_spec, name="", host="", node_cpus=8).load
+        assert (load.device, load.device_map, load.max_memory) == (
+            device, "sequential", limits.max_memory,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("given", "node_cpus", "share"),
     [
@@ -101,7 +116,11 @@ def test_workers_on_the_cpu_share_the_memory_of_their_node(
         ({"cpu_workers": -1}, "cpu_workers is -1"),
         ({"cpu": True, "cpu_workers": 1}, "with cpu use workers alone"),
         ({"gpus_per_worker": 0}, "gpus_per_worker is 0"),
-        ({"gpus_per_worker": 2}, "a worker runs its model on one GPU"),
+        ({"gpus_per_worker": 1.5}, "use whole GPUs, over which layers"),
+        ({"gpus_per_worker": 2, "engine": "deepspeed-zero3"}, "each of 1 ranks needs a GPU"),
+        ({"gpus_per_worker": 2, "load": LoadOptions(adapter="lora")}, "merge it into a checkpoint"),
+        ({"cpu_workers": 1, "load": LoadOptions(device_map="auto")}, "leave cpu_workers out"),
+        ({"leaf_workers": 1, "load": LoadOptions(device_map='{"": 0}')}, "use device_map auto"),
         ({"placement": "scatter"}, "placement is 'scatter'; use pack, spread"),
         ({"placement": "strict-pack", "max_workers": 3}, "which a pool that grows"),
         ({"resources": {"GPU": 1}}, "resources ask for 1 GPU"),

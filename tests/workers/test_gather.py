@@ -26,6 +26,7 @@ STACK: Any = SimpleNamespace(
     cache_row=CacheRow((1, HEAD_DIM), (1, HEAD_DIM)),
     dtype=torch.float32,
     device=torch.device("cpu"),
+    layer_devices=[torch.device("cpu")] * LAYERS,
 )
 REQUEST = worker_pb2.GatherKvRequest(context_indices=range(ROWS))
 
