@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli.bench_output import OUT, Out, machine_facts, measuring, print_table, save_results
+from cluster.cli.settings import AsJson
 
 OFFLOAD_TOKENS = 8192
 BATCH_SIZES = "1,2,4,8,0"
@@ -21,13 +22,14 @@ def offload(
     ] = BATCH_SIZES,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     out: Out = OUT,
+    as_json: AsJson = False,
 ) -> None:
     """Count the bytes of weights moved per leaf, with all layers of a model of 12 on disk."""
     try:
         sizes = [int(size) for size in batch_sizes.split(",")]
     except ValueError as error:
         raise typer.BadParameter("batch sizes are numbers, like 1,4,0") from error
-    with measuring():
+    with measuring(as_json):
         measure_batches(tokens, sizes, threads, out)
 
 

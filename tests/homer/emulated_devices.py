@@ -41,9 +41,6 @@ class Shell(torch.Tensor):
         made.inside = inside
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"Shell({self.inside}, device={self.device})"
-
     def tolist(self) -> Any:
         """torch refuses this to subclasses of its tensors."""
         return self.inside.tolist()
