@@ -42,7 +42,9 @@ def test_it_survives_its_coordinator_and_lets_requests_end_on_sigterm(
         str(BIN / "homer"), "serve", "--model", str(text_model), "--cpu", "--port", str(port)
     )  # fmt: skip
     output, news = Lines(serve.stdout), Lines(serve.stderr)
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+    # Tries again soon: the port is there before the model is loaded, but not long before.
+    quick = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200))
+    with grpc.insecure_channel(f"127.0.0.1:{port}", quick) as channel:
         loading = Watching(channel)
         address = output.wait_for(r"homer serves .* at (\S+) with 1 worker\(s\)")[1]
         loading.wait_for(NOT_SERVING, SERVING)
