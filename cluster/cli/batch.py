@@ -6,7 +6,6 @@ import asyncio
 import json
 import signal
 import time
-import uuid
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +16,7 @@ from cluster.batch.options import BatchOptions
 from cluster.cli import settings
 from cluster.cli.connection import Connection, asks_a_service
 from cluster.cli.exit_codes import ExitCode
+from cluster.cli.generate import start_service
 from cluster.cli.load_settings import loads_a_model
 from cluster.cli.settings import DEFAULTS
 from homer.errors import HomerError
@@ -93,7 +93,6 @@ def batch(
     model, server = settings.model_or_server(command, model, server)
     from cluster.batch.run import Batch
     from cluster.cli.batch_view import BatchProgress
-    from cluster.options import ServeOptions
 
     options = BatchOptions(
         input=input,
@@ -113,10 +112,10 @@ def batch(
         counts = run.counts
         try:
             if model is not None and counts.left:
-                from cluster.launch import ray_cluster, running_service
-
                 view.note(f"starting {workers} worker(s) …")
-                serving = ServeOptions(
+                server = start_service(
+                    stack,
+                    address,
                     model=model,
                     workers=workers,
                     cpu=cpu,
@@ -124,13 +123,8 @@ def batch(
                     load=load,
                     bias=bias,
                     memory_budget=memory_budget,
-                    port=0,
-                    # Several may run on one cluster at once.
-                    name=f"homer-batch-{uuid.uuid4().hex}",
                     placement_timeout_seconds=placement_timeout,
                 )
-                placed = stack.enter_context(ray_cluster(address, serving))
-                server = stack.enter_context(running_service(placed))
                 connection = Connection()
             asyncio.run(_ask_all(run, server or "", connection))
         except KeyboardInterrupt:

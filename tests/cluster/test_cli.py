@@ -18,7 +18,7 @@ import pytest
 from cluster.client import HomerClient
 from homer.v1 import long_context_pb2 as pb
 from tests.cluster.conftest import poll
-from tests.cluster.processes import BIN, Sandbox, accepts, free_ports, sandbox
+from tests.cluster.processes import BIN, Sandbox, sandbox
 from tests.cluster.test_service import CONTEXT, LONG_CONTEXT, QUESTION, assert_nothing_held
 from tests.golden_cases import model_dir
 
@@ -232,52 +232,4 @@ def test_the_demo_shows_what_survived_and_leaves_nothing_behind(box: Sandbox) ->
     assert "Right." in done.stdout
     assert "worker-0 ran" in done.stdout
     assert "worker-1 ran" in done.stdout
-    box.assert_empty()
-
-
-def test_ray_job_submit(
-    box: Sandbox, text_model: Path, document: Path, expected: pb.Summary
-) -> None:
-    port, dashboard, agent, agent_grpc, client, metrics, runtime = free_ports(7)
-    ray = str(BIN / "ray")
-    head = box.start(
-        ray,
-        "start",
-        "--head",
-        "--block",
-        "--num-cpus=4",
-        "--node-ip-address=127.0.0.1",
-        f"--temp-dir={box.folder}/ray",
-        f"--port={port}",
-        "--include-dashboard=true",
-        f"--dashboard-port={dashboard}",
-        f"--dashboard-agent-listen-port={agent}",
-        f"--dashboard-agent-grpc-port={agent_grpc}",
-        f"--ray-client-server-port={client}",
-        f"--metrics-export-port={metrics}",
-        f"--runtime-env-agent-port={runtime}",
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    poll(lambda: accepts(dashboard), "the dashboard does not start")
-    # Ray asks for a token by default, but its job client sends one only when told so.
-    box.env["RAY_AUTH_MODE"] = "token"
-    done = box.run(
-        ray,
-        "job",
-        "submit",
-        f"--address=http://127.0.0.1:{dashboard}",
-        "--working-dir=.",
-        "--",
-        "homer",
-        "generate",
-        *local_cluster(text_model),
-        *ask(document),
-        "--json",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (output,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
-    assert_same_answer(output, expected)
-    head.terminate()
-    head.wait(60)
     box.assert_empty()
