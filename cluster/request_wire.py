@@ -113,6 +113,7 @@ def event_to_wire(event: ServiceEvent, with_indices: bool) -> dict[str, Message]
                 subtrees=subtrees,
                 uncalibrated=uncalibrated,
                 level_nodes=plan.level_nodes,
+                context_tokens=plan.context_len,
             )
             return {"accepted": accepted}
         case JobProgress(done):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ from homer.shape import UNCALIBRATED
 
 if TYPE_CHECKING:
     from cluster.client import HomerClient
+    from homer.v1 import long_context_pb2 as pb
 
 # A coordinator that dies is back in about five seconds.
 OWN_RETRIES = 5
@@ -53,6 +55,12 @@ def generate(
         list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answer.", min=0)] = None,
+    evidence: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write an HTML file that shows what the answer was made from.", dir_okay=False
+        ),
+    ] = None,
     as_json: settings.AsJson = False,
     retries: Annotated[
         int | None,
@@ -82,6 +90,8 @@ def generate(
     The answer goes to stdout, progress to stderr.
     """
     model, server = settings.model_or_server(command, model, server)
+    if evidence is not None and not evidence.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {evidence.parent} for --evidence {evidence}")
     document = read_document(context)
     compression = settings.overrides(
         paper,
@@ -98,6 +108,7 @@ def generate(
         "prefix": prefix,
         "compression": compression.given(),
         "return_kept_indices": as_json,
+        "return_evidence": evidence is not None,
         "sampling": {
             "max_tokens": max_tokens or 0,
             "temperature": temperature,
@@ -130,7 +141,12 @@ def generate(
             if retries is None:
                 retries = 0 if model is None else OWN_RETRIES
             client = stack.enter_context(connection.client(server or "", retries=retries))
-            tell_answer(client, request, view, as_json)
+            summary = tell_answer(client, request, view, as_json)
+            if evidence is not None:
+                from cluster.evidence_file import evidence_file
+
+                evidence.write_text(evidence_file(document, question, summary), encoding="utf-8")
+                view.status(f"wrote {evidence}")
     except KeyboardInterrupt:
         typer.echo("homer: cancelled", err=True)
         raise typer.Exit(ExitCode.INTERRUPTED) from None
@@ -150,7 +166,9 @@ def start_service(stack: ExitStack, address: str | None, **options: Any) -> str:
     return stack.enter_context(running_service(placed))
 
 
-def tell_answer(client: HomerClient, request: dict[str, Any], view: Any, as_json: bool) -> None:
+def tell_answer(
+    client: HomerClient, request: dict[str, Any], view: Any, as_json: bool
+) -> pb.Summary:
     """Ask, show what happens, and print the answer as it comes, or its summary as JSON."""
     from cluster.cli.progress import describe_summary
     from cluster.client_wire import summary_to_json
@@ -171,10 +189,13 @@ def tell_answer(client: HomerClient, request: dict[str, Any], view: Any, as_json
                     told += len(event.text)
                     print(event.text, end="", flush=True)
                 case pb.Summary() if as_json:
-                    print(json.dumps(summary_to_json(event)), flush=True)
-                    return
+                    fields = summary_to_json(event)
+                    # It has a file of its own.
+                    fields.pop("evidence", None)
+                    print(json.dumps(fields), flush=True)
+                    return event
                 case pb.Summary():
                     print(event.text[told:], flush=True)
                     view.status(describe_summary(event))
-                    return
+                    return event
     raise ServiceError("DATA_LOSS", "the service ended the answer before its summary")

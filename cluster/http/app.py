@@ -26,6 +26,7 @@ from cluster.http.asking import Served
 from cluster.http.bodies import ChatBody, CompletionBody
 from cluster.http.errors import HttpError
 from cluster.http.middleware import Counted, HttpLimits, Limited, TokenGuard
+from cluster.http.page import add_page
 from homer import __version__
 from homer.errors import PromptError
 from workers.guard import AUTHORIZATION
@@ -212,6 +213,7 @@ def build_http(door: HttpDoor, limits: HttpLimits = LIMITS) -> FastAPI:
             media_type=prometheus_client.CONTENT_TYPE_LATEST,
         )
 
+    add_page(app)
     return app
 
 

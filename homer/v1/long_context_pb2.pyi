@@ -204,7 +204,7 @@ class GetModelInfoResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., model_type: _Optional[str] = ..., dtype: _Optional[str] = ..., num_layers: _Optional[int] = ..., vocab_size: _Optional[int] = ..., model_window: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., has_tokenizer: _Optional[bool] = ..., calibrated: _Optional[bool] = ..., max_context_tokens: _Optional[int] = ..., max_document_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_answers: _Optional[int] = ..., compression: _Optional[_Union[CompressionOptions, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("request_id", "prompt_tokens", "leaves", "levels", "merges", "subtrees", "uncalibrated", "level_nodes")
+    __slots__ = ("request_id", "prompt_tokens", "leaves", "levels", "merges", "subtrees", "uncalibrated", "level_nodes", "context_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEAVES_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +213,7 @@ class Accepted(_message.Message):
     SUBTREES_FIELD_NUMBER: _ClassVar[int]
     UNCALIBRATED_FIELD_NUMBER: _ClassVar[int]
     LEVEL_NODES_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_tokens: int
     leaves: int
@@ -221,7 +222,8 @@ class Accepted(_message.Message):
     subtrees: int
     uncalibrated: bool
     level_nodes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., levels: _Optional[int] = ..., merges: _Optional[int] = ..., subtrees: _Optional[int] = ..., uncalibrated: _Optional[bool] = ..., level_nodes: _Optional[_Iterable[int]] = ...) -> None: ...
+    context_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., leaves: _Optional[int] = ..., levels: _Optional[int] = ..., merges: _Optional[int] = ..., subtrees: _Optional[int] = ..., uncalibrated: _Optional[bool] = ..., level_nodes: _Optional[_Iterable[int]] = ..., context_tokens: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("kind", "height", "index", "worker", "leaves_done", "leaves_total", "merges_done", "merges_total", "context_tokens_in", "context_tokens_out", "seconds", "context_start", "context_end")
