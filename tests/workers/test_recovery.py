@@ -349,7 +349,13 @@ def test_several_answers_go_on_where_they_were_cut_off(
         prompt.generate([], TOKENS, 1, **SAMPLING), timeout=CALL_SECONDS
     )
     assert [event.token.token_id for event in alone if event.HasField("token")] == ids[0]
-    assert answers(2, [ids[0][:1], ids[1], ids[2][:4]]) == [whole[0][1:], [], whole[2][4:]]
+    # Answers that others leave are decoded in other batches, so the last digits may differ.
+    rest = answers(2, [ids[0][:1], ids[1], ids[2][:4]])
+    for one, expected in zip(rest, (whole[0][1:], [], whole[2][4:]), strict=True):
+        assert [piece.token_id for piece in one] == [piece.token_id for piece in expected]
+        assert [piece.logprob.logprob for piece in one] == pytest.approx(
+            [piece.logprob.logprob for piece in expected], abs=1e-4
+        )
     code, message = refusal(lambda: answers(3, [[]] * 4))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "4 had begun" in message
