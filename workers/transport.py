@@ -16,12 +16,15 @@ from homer.v1 import tensor_pb2, worker_pb2
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_METADATA_BYTES = 16 << 10
 KEEPALIVE_SECONDS = 20
+PING_TIMEOUT_SECONDS = 10
 
 _COMMON: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", PING_TIMEOUT_SECONDS * 1000),
+    # Where this is longer, it is what counts.
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_SECONDS * 1000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )

@@ -58,7 +58,7 @@ def demo_door(workers: int = 2) -> Iterator[Doors]:
                 for tokens in (None, Tokens(f"page={TOKEN}")):
                     app = build_http(HttpDoor(address, tokens=tokens))
                     servers.append(uvicorn.Server(uvicorn.Config(app, log_level="warning")))
-                doors.append(Doors(*urls, address))
+                doors.append(Doors(urls[0], urls[1], address))
                 ready.set()
                 serving = zip(servers, ports, strict=True)
                 await asyncio.gather(*(server.serve([port]) for server, port in serving))
