@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -44,6 +46,20 @@ def test_no_room_says_what_is_missing(ray_session: None) -> None:
 
 def test_a_model_that_is_not_there(ray_session: None) -> None:
     assert "/no/such/model" in str(refusal(options(model="/no/such/model")))
+
+
+def test_a_checkpoint_that_is_broken_or_another_model(ray_session: None, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir("M"), broken)
+    weights = broken / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    assert "model.safetensors is truncated" in str(refusal(options(model=str(broken))))
+    weights.write_bytes(whole)
+    config = json.loads((broken / "config.json").read_text())
+    other = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    (broken / "config.json").write_text(json.dumps({**config, **other}))
+    assert "gpt2" in str(refusal(options(model=str(broken))))
 
 
 def test_a_port_that_is_taken(ray_session: None) -> None:
