@@ -99,6 +99,11 @@ class Active:
     def request_id(self) -> str:
         return self.job.request_id
 
+    def refused_since(self, moment: float) -> bool:
+        """Whether a worker that refused a part for want of memory is left in peace until later."""
+        latest = max(self.refused_until.values(), default=0.0)
+        return self.refusals > 0 and latest > moment
+
     def begin_pass(self) -> None:
         """Everything is run from the start, under a new id; only delivered tokens stay."""
         self.passes += 1

@@ -378,7 +378,7 @@ class Scheduler:
         actives = [active for active in self._actives.values() if active.open]
         tries = [attempt for active in actives for attempt in active.run.tries.values()]
         if (
-            not any(_refused_of_late(active, now) for active in actives)
+            not any(active.refused_since(now - STUCK_SECONDS) for active in actives)
             or now - self._core.last_progress < STUCK_SECONDS
             or any(active.answer for active in actives)
             or any(now - attempt.started > STUCK_SECONDS for attempt in tries)
@@ -398,8 +398,3 @@ class Scheduler:
                     "--memory-budget"
                 )
             )
-
-
-def _refused_of_late(active: Active, now: float) -> bool:
-    latest = max(active.refused_until.values(), default=0.0)
-    return active.refusals > 0 and latest > now - STUCK_SECONDS

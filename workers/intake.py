@@ -15,6 +15,7 @@ import torch
 from homer.encode import TreeEncoder
 from homer.errors import ModelError, PromptError, StateError
 from homer.plan import NodeId, PlanNode
+from homer.stack import LayerStack
 from homer.v1 import worker_pb2
 from workers.engine import LoadedModel
 from workers.errors import StaleCallError
@@ -52,6 +53,28 @@ def open_node(
             "with more layers"
         )
     return held, found
+
+
+def read_delivered(
+    request: worker_pb2.GenerateTokensRequest, count: int, max_new_tokens: int, stack: LayerStack
+) -> tuple[tuple[int, ...], ...]:
+    """The beginnings of `count` answers that their callers have.
+
+    Raises
+    ------
+    PromptError
+        When there are more of them than answers, or they are no answers of this model.
+    """
+    delivered = tuple(tuple(answer.token_ids) for answer in request.delivered)
+    if len(delivered) > count:
+        raise PromptError(f"there are {count} answers, but {len(delivered)} had begun")
+    for ids in delivered:
+        stack.check_ids("delivered", torch.tensor(ids, dtype=torch.int64))
+        if len(ids) > max_new_tokens:
+            raise PromptError(
+                f"an answer may have {max_new_tokens} tokens, but {len(ids)} were delivered already"
+            )
+    return delivered
 
 
 def make_encoder(model: LoadedModel, spec: worker_pb2.RequestSpec) -> TreeEncoder:

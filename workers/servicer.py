@@ -27,7 +27,7 @@ from workers.bundle import bundled
 from workers.channels import Credentials
 from workers.engine import Engine, LoadedModel
 from workers.errors import NotReadyError, UnknownStateError, error_metadata, status_code
-from workers.intake import find_node, follow_job, open_node
+from workers.intake import find_node, follow_job, open_node, read_delivered
 from workers.metrics import WorkerMetrics
 from workers.options import WorkerOptions
 from workers.peer import PeerPool, choose_outlet, send_tensors
@@ -216,17 +216,8 @@ class WorkerServicer:
                 )
             params = read_sampling(request.sampling)
             addresses = list(request.shard_addresses)
-            delivered = tuple(tuple(answer.token_ids) for answer in request.delivered)
             count = max(1, request.sampling.n)
-            if len(delivered) > count:
-                raise PromptError(f"there are {count} answers, but {len(delivered)} had begun")
-            for ids in delivered:
-                self._stack.check_ids("delivered", torch.tensor(ids, dtype=torch.int64))
-                if len(ids) > params.max_new_tokens:
-                    raise PromptError(
-                        f"an answer may have {params.max_new_tokens} tokens, but {len(ids)} were "
-                        "delivered already"
-                    )
+            delivered = read_delivered(request, count, params.max_new_tokens, self._stack)
             work = partial(self._answering.generate, held, addresses, params, count, delivered)
             following = follow_job(
                 self._store, held, "answer", node.id, request.attempt, work, (count, delivered)

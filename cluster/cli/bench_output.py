@@ -18,6 +18,8 @@ from cluster.cli.settings import ended_by_signals
 OUT = Path("out/bench")
 
 Out = Annotated[Path, typer.Option(help="Folder for JSON, plots and single answers.")]
+Lengths = Annotated[str, typer.Option(help="Prompt lengths: multiples of the window, or tokens.")]
+Threads = Annotated[int, typer.Option(help="CPU threads of each process.", min=1)]
 
 
 # Whether results are printed as JSON and not as tables.
