@@ -96,7 +96,7 @@ async function ask(text, question, signal) {
     }
     if (progress?.kind === "gather") status("Gathering what was kept …");
     else if (progress) {
-      view.node(progress);
+      view.tree.node(progress);
       if (performance.now() - told > STATUS_MS) {
         told = performance.now();
         status(`Reading: ${count(progress.leaves_done)} of ${count(progress.leaves_total)} leaves, ` +

@@ -123,7 +123,7 @@ class MergeTree {
     }
     pen.fillStyle = this.colors("--kept");
     kept.forEach((part, column) => {
-      if (!part) return;
+      if (part < 1e-6) return;
       // A single token of a long document must be seen.
       pen.globalAlpha = Math.min(1, 0.35 + 0.65 * part);
       const high = Math.max(3, ROW * Math.min(1, part));
