@@ -28,7 +28,7 @@ from cluster.http.errors import HttpError
 from cluster.http.middleware import Counted, HttpLimits, Limited, TokenGuard
 from cluster.http.page import add_page
 from homer import __version__
-from homer.errors import PromptError
+from homer.errors import ConfigError, HomerError, PromptError
 from workers.guard import AUTHORIZATION
 from workers.tls import Tls
 from workers.tokens import Tokens
@@ -156,8 +156,10 @@ def build_http(door: HttpDoor, limits: HttpLimits = LIMITS) -> FastAPI:
     async def on_service_error(request: Request, error: ServiceError) -> Response:
         return HttpError.of_service(error).response()
 
+    # A setting that no message has room for is a mistake of the caller's too.
+    @app.exception_handler(ConfigError)
     @app.exception_handler(PromptError)
-    async def on_prompt_error(request: Request, error: PromptError) -> Response:
+    async def on_mistake(request: Request, error: HomerError) -> Response:
         return HttpError(400, str(error)).response()
 
     @app.exception_handler(RequestValidationError)
