@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
@@ -19,7 +20,6 @@ from cluster.client import HomerClient
 from homer.v1 import long_context_pb2 as pb
 from tests.cluster.conftest import poll
 from tests.cluster.processes import BIN, Lines, Sandbox, accepts, free_ports, sandbox
-from tests.cluster.test_restarts import process_of
 from tests.cluster.test_service import CONTEXT, LONG_CONTEXT, QUESTION
 
 START_SECONDS = 120.0
@@ -194,7 +194,18 @@ def absent_workers(client: HomerClient) -> int:
 
 def raylets_of(client: HomerClient) -> dict[str, int]:
     """The workers, each with the process id of its node's raylet, which is its parent."""
-    return {w.name: parent_of(process_of(w.address)) for w in ready_workers(client)}
+    return {w.name: parent_of(listener(w.address)) for w in ready_workers(client)}
+
+
+def listener(address: str) -> int:
+    """The process that listens at an address: a service's workers tell nobody else who they are."""
+    host, _, port = address.rpartition(":")
+    # gRPC's sockets are those of IPv6, for addresses of IPv4 too.
+    wanted = {(host, int(port)), (f"::ffff:{host}", int(port))}
+    listens = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+    (pid,) = {c.pid for c in listens if tuple(c.laddr) in wanted}
+    assert pid is not None
+    return pid
 
 
 def parent_of(pid: int) -> int:
