@@ -197,9 +197,14 @@ async function readFile(file) {
   return /\.html?$/i.test(file.name) || file.type === "text/html" ? textOfHtml(text) : text;
 }
 
+// A browser tells of every style that this page's policy forbids, though nothing here is shown.
+const STYLES = /<style\b[^]*?<\/style\s*>/gi;
+const STYLE_OF_TAG = /(<[^>]*?)\sstyle\s*=\s*(?:"[^"]*"|'[^']*'|[^\s>]+)/gi;
+
 function textOfHtml(html) {
-  const page = new DOMParser().parseFromString(html, "text/html");
-  page.querySelectorAll("script, style, noscript, template").forEach((one) => one.remove());
+  const plain = html.replace(STYLES, "").replace(STYLE_OF_TAG, "$1");
+  const page = new DOMParser().parseFromString(plain, "text/html");
+  page.querySelectorAll("script, noscript, template").forEach((one) => one.remove());
   page.querySelectorAll("p, div, li, h1, h2, h3, h4, h5, h6, tr, br, section, article, blockquote, pre")
     .forEach((one) => one.after("\n"));
   return page.body.textContent.replace(/[ \t]+/g, " ").replace(/ ?\n\s*\n\s*/g, "\n\n").trim();

@@ -160,7 +160,10 @@ def test_files_are_read_in_the_browser_or_refused_in_words(
     page: Page, doors: Doors, tmp_path: Path
 ) -> None:
     html = tmp_path / "report.html"
-    html.write_text("<style>p{}</style><h1>Dredging</h1><p>It was <b>decided</b>.</p>", "utf-8")
+    html.write_text(
+        "<style>p{}</style><h1 style='color: red'>Dredging</h1><p>It was <b>decided</b>.</p>",
+        "utf-8",
+    )
     pdf = tmp_path / "report.pdf"
     pdf.write_bytes(b"%PDF-1.7\n")
     page.goto(doors.url)
