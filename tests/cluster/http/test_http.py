@@ -226,10 +226,10 @@ def test_several_choices_and_their_logprobs(client: openai.OpenAI) -> None:
             if part.logprobs and part.logprobs.content:
                 logprobs[part.index] += [token.logprob for token in part.logprobs.content]
     assert list(streamed.values()) == texts
-    assert list(logprobs.values()) == [
-        [token.logprob for token in (one.logprobs and one.logprobs.content) or ()]
-        for one in chat.choices
-    ]
+    for one in chat.choices:
+        alone = [token.logprob for token in (one.logprobs and one.logprobs.content) or ()]
+        # Other requests of the same moment make other batches, which round differently.
+        assert logprobs[one.index] == pytest.approx(alone, abs=1e-4)
 
     ask: Any = {"model": MODEL, "prompt": CONTEXT + "Who?", "logprobs": 1, **more}
     whole = client.completions.create(**ask)
