@@ -98,7 +98,7 @@ def wire_table(results: Sequence[WireResult]) -> Table:
     """Bytes between workers, beside the lower bound."""
     table = Table(
         title="Bytes that one request moves between workers",
-        caption="least: the states and surviving KV rows that even shares must move, "
+        caption="least: the states and surviving KV rows that shares as large as these must move, "
         "without any header; sent: as the workers count them, message by message",
     )
     for title in ("prompt tokens", "workers", "states moved", "least, bytes", "sent, bytes"):
