@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 import ray
 
@@ -25,16 +24,15 @@ from cluster.pool import WorkerPool
 from cluster.scheduler import Scheduler
 from cluster.slot import backoff_seconds
 from homer.v1 import long_context_pb2 as pb
-from homer.v1 import worker_pb2, worker_pb2_grpc
-from tests.cluster.conftest import Run, poll
+from homer.v1 import worker_pb2
+from tests.cluster.conftest import WORKER_TOKEN, Run, poll, worker_stub
 from tests.cluster.test_service import CONTEXT, LONG_CONTEXT, QUESTION, assert_nothing_held
 from tests.golden_cases import model_dir
 
 
 def process_of(address: str) -> int:
     """The process id of the worker at `address`."""
-    with grpc.insecure_channel(address) as channel:
-        stub = worker_pb2_grpc.WorkerStub(channel)
+    with worker_stub(address) as stub:
         info = stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=10)
     return int(info.process_id)
 
@@ -160,8 +158,9 @@ def service_of(model: Path) -> Iterator[tuple[HomerClient, Any]]:
     """A service with two workers: a client that does not ask again, and the coordinator."""
     name = uuid.uuid4().hex
     options = ServeOptions(
-        model=str(model), cpu=True, workers=2, port=0, name=name, worker_host=LOOPBACK
-    )
+        model=str(model), cpu=True, workers=2, port=0, name=name, worker_host=LOOPBACK,
+        worker_token=WORKER_TOKEN,
+    )  # fmt: skip
     with running_service(options) as address, HomerClient(address) as client:
         yield client, ray.get_actor(name, NAMESPACE)
 
