@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 import urllib.request
@@ -14,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 import ray
+from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
@@ -245,9 +247,14 @@ def test_workers_take_neither_users_certificates_without_token_nor_plain_calls(
 def test_every_route_of_the_http_door_needs_a_right_token(secured: Secured) -> None:
     tokens = Tokens(path=str(secured.tokens_file))
     door: Any = {"tokens": tokens, "tls": secured.client}
+
+    async def build() -> FastAPI:
+        # A client of gRPC is made in an event loop.
+        return build_http(HttpDoor("127.0.0.1:1"))
+
     routes = [
         (method, route.path.replace("{name:path}", "B"))
-        for route in build_http(HttpDoor("127.0.0.1:1")).routes
+        for route in asyncio.run(build()).routes
         if isinstance(route, APIRoute)
         for method in route.methods or ()
     ]

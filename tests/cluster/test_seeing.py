@@ -21,6 +21,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -319,7 +320,11 @@ def test_alerts_and_the_dashboard_ask_for_series_that_there_are(seen: Seen) -> N
 
 
 def of_the_http_door() -> str:
-    with TestClient(build_http(HttpDoor("127.0.0.1:1"))) as client:
+    async def build() -> FastAPI:
+        # A client of gRPC is made in an event loop.
+        return build_http(HttpDoor("127.0.0.1:1"))
+
+    with TestClient(asyncio.run(build())) as client:
         assert client.get("/version").status_code == 200
         return client.get("/metrics").text
 
