@@ -35,9 +35,9 @@ def run_without_opentelemetry(code: str) -> str:
 
 def test_without_the_extra_a_worker_and_a_client_can_be_made() -> None:
     said = run_without_opentelemetry(
-        "import workers.server, cluster.client, cluster.seeing\n"
+        "import workers.server, workers.tracing, cluster.client, cluster.seeing\n"
         "seeing = cluster.seeing.Seeing()\n"
-        "print(seeing.spans('r', None), cluster.client.caller_metadata())\n"
+        "print(seeing.spans('r', None), workers.tracing.caller_metadata())\n"
     )
     assert said.strip() == "None ()"
 
