@@ -125,7 +125,7 @@ class AsyncHomerClient:
         Raises
         ------
         ServiceError
-            NOT_FOUND where none of that name waits or runs.
+            NOT_FOUND where none of that name that this token began waits or runs.
         """
         request = pb.AbortRequest(request_id=request_id)
         with service_errors(self.address):

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import grpc
@@ -22,13 +23,20 @@ from cluster.errors import NotServingError
 from cluster.evidence import evidence_of
 from cluster.info_wire import model_info, server_info, trace_to_wire
 from cluster.request_wire import event_to_wire, request_from_wire
-from cluster.service import Finished, Limits, LongContextService, Request, TextPrompt
+from cluster.service import (
+    MAX_REQUEST_ID_LENGTH,
+    Finished,
+    Limits,
+    LongContextService,
+    Request,
+    TextPrompt,
+)
 from cluster.timeline import KEPT_REQUESTS
 from cluster.uploads import Uploads
 from homer.errors import HomerError
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc
-from workers.guard import Guard
+from workers.guard import Guard, caller
 from workers.logs import log_about
 from workers.messages import Messages
 from workers.security import Security
@@ -92,11 +100,11 @@ class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
         self, request: pb.AbortRequest, context: Context
     ) -> pb.AbortResponse:
         async with _errors(context):
-            aborted = self._loaded.abort(request.request_id)
+            aborted = self._loaded.abort(request.request_id, caller.get())
             if not aborted:
                 await context.abort(
                     grpc.StatusCode.NOT_FOUND,
-                    f"no request {request.request_id!r} waits or runs; it may have ended",
+                    f"no request {_shown(request.request_id)} waits or runs; it may have ended",
                 )
             return pb.AbortResponse(aborted_requests=aborted)
         raise AssertionError("unreachable: a call that fails is aborted")
@@ -136,8 +144,8 @@ class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
             if timeline is None:
                 await context.abort(
                     grpc.StatusCode.NOT_FOUND,
-                    f"request {request.request_id!r} is not known, or not any more: the last "
-                    f"{KEPT_REQUESTS} that ended are kept",
+                    f"request {_shown(request.request_id)} is not known, or not any more: the "
+                    f"last {KEPT_REQUESTS} that ended are kept",
                 )
             return trace_to_wire(timeline, seeing.clocks)
         raise AssertionError("unreachable: a call that fails is aborted")
@@ -260,10 +268,16 @@ class GrpcDoor:
             await self._health.set(name, status)
 
 
+def _shown(request_id: str) -> str:
+    """An id that there is not, for a message that has to fit into metadata."""
+    return repr(request_id[:MAX_REQUEST_ID_LENGTH])
+
+
 async def _answer(
     service: LongContextService, request: Request, context: Context, response: Callable[..., Any]
 ) -> None:
     """Answer with messages that `response` makes of events."""
+    request = replace(request, caller=caller.get())
     service.seeing.tracing.follow(context.invocation_metadata())
     # Writes instead of yielding: so a cancel always arrives in here, and is passed on at once.
     async with aclosing(cast(Any, service.generate(request))) as events:

@@ -86,6 +86,8 @@ class Request:
     return_kept_indices: bool = False
     priority: int = 0
     return_evidence: bool = False
+    # Whose it is: the name of a token, or empty where none is asked for.
+    caller: str = ""
 
 
 @dataclass(eq=False)
@@ -93,6 +95,7 @@ class _Running:
     """A request between its arrival and its end; it has a job once it was understood."""
 
     request_id: str
+    caller: str
     job_id: str = ""
     aborted: bool = False
 
@@ -215,12 +218,17 @@ class LongContextService:
         """Whether it takes and gives text."""
         return self._tokenizer is not None
 
-    def abort(self, request_id: str) -> int:
-        """End the requests of a name, their callers' or the service's own; returns how many."""
+    def abort(self, request_id: str, caller: str = "") -> int:
+        """End the requests that `caller` began under a name, theirs or the service's own.
+
+        Returns how many: those of others are none to them.
+        """
         named = [
             one
             for one in self._running
-            if request_id in (one.request_id, one.job_id) and not one.aborted
+            if request_id in (one.request_id, one.job_id)
+            and one.caller == caller
+            and not one.aborted
         ]
         for one in named:
             one.aborted = True
@@ -239,7 +247,7 @@ class LongContextService:
         RequestAbortedError
             When somebody ended it by its name.
         """
-        running = _Running(request.request_id or uuid.uuid4().hex)
+        running = _Running(request.request_id or uuid.uuid4().hex, request.caller)
         self._running.add(running)
         try:
             async with aclosing(cast(Any, self._generate(request, running))) as events:

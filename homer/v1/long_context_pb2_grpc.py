@@ -92,7 +92,8 @@ class LongContextServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a request that waits or runs: its own call ends with CANCELLED. NOT_FOUND where there is none.
+        """Ends a request that waits or runs: its own call ends with CANCELLED. NOT_FOUND where there is none of
+        the caller's: where the service has tokens, a request belongs to the one that began it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,9 +38,10 @@ from workers.security import Security
 from workers.tls import Tls
 from workers.tokens import Tokens
 
-ANNA, BERT, WRONG = "anna-has-this-token", "bert-has-another-one", "nobody-has-this-token"
+ANNA, BERT, CARA = "anna-has-this-token", "bert-has-another-one", "cara-has-one-later-on"
+WRONG = "nobody-has-this-token"
 WORKERS = "what-workers-ask-of-each-other"
-SECRETS = (ANNA, BERT, WORKERS)
+SECRETS = (ANNA, BERT, CARA, WORKERS)
 ASK: Any = {"context": CONTEXT, "question": QUESTION, "sampling": {"max_tokens": 4}}
 SECONDS = 30.0
 
@@ -71,7 +72,7 @@ def secured(
     # One certificate for all workers, whatever their addresses.
     worker = replace(authority.issue("homer-worker"), server_name="homer-worker")
     tokens_file = folder / "tokens"
-    tokens_file.write_text(f"anna={ANNA}\n")
+    tokens_file.write_text(f"anna={ANNA}\nbert={BERT}\n")
     options = ServeOptions(
         model=str(text_model),
         cpu=True,
@@ -182,16 +183,50 @@ def test_who_is_refused_is_told_what_to_send(secured: Secured) -> None:
 def test_tokens_change_with_their_file(secured: Secured) -> None:
     before = secured.tokens_file.read_text()
     try:
-        with secured.connect(BERT) as client:
+        with secured.connect(CARA) as client:
             with pytest.raises(ServiceError):
                 client.server_info()
-            secured.tokens_file.write_text(f"{before}bert={BERT}\n")
+            secured.tokens_file.write_text(f"{before}cara={CARA}\n")
             assert client.server_info().workers
             secured.tokens_file.write_text(before)
             with pytest.raises(ServiceError):
                 client.server_info()
     finally:
         secured.tokens_file.write_text(before)
+
+
+def test_only_the_token_that_began_a_request_may_abort_it(secured: Secured) -> None:
+    endless: Any = {**ASK, "sampling": {"max_tokens": 60_000, "ignore_eos": True}}
+
+    def begun(client: HomerClient) -> Any:
+        events = client.generate(**endless, request_id="annas")
+        assert [type(next(events)).__name__ for _ in range(2)] == ["Accepted", "Progress"]
+        return events
+
+    def refusal(client: HomerClient, name: str) -> tuple[str, str]:
+        with pytest.raises(ServiceError) as caught:
+            client.abort(name)
+        return caught.value.code, str(caught.value).replace(repr(name), "it")
+
+    def is_aborted(events: Any) -> bool:
+        with pytest.raises(ServiceError) as caught:
+            list(events)
+        return caught.value.code == "CANCELLED"
+
+    with secured.connect(ANNA) as anna, secured.connect(BERT) as bert:
+        annas = begun(anna)
+        # The service's own name of it, which its status shows to everybody.
+        (shown,) = [one.request_id for one in bert.server_info().requests]
+        assert shown.startswith("annas-")
+        nothing = refusal(bert, "nobodys")
+        assert nothing[0] == "NOT_FOUND"
+        assert refusal(bert, "annas") == refusal(bert, shown) == nothing
+        # Of those that are called the same, each ends their own.
+        berts = begun(bert)
+        assert bert.abort("annas") == 1
+        assert is_aborted(berts)
+        assert anna.abort(shown) == 1
+        assert is_aborted(annas)
 
 
 def is_refused(secured: Secured, tls: Tls) -> bool:
