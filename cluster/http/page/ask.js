@@ -24,19 +24,21 @@ async function call(path, options = {}) {
     throw new AskError("The service cannot be reached. Is it still running?");
   }
   if (response.ok) return response;
-  if (response.status === 401) askForToken();
+  if (response.status === 401) throw new AskError(askForToken());
   const told = await response.json().catch(() => null);
   const reason = told?.error?.message ?? `the service answered with status ${response.status}`;
   const later = response.headers.get("Retry-After");
   throw new AskError(reason + (later ? ` (try again in ${later} s)` : ""));
 }
 
+// Shows the field for it, and returns why.
 function askForToken() {
-  const wanted = get("token").value ? "The service does not take this access token." : "";
+  const why = get("token").value ? "The service does not take this access token." :
+    "This service asks for an access token.";
   get("token-field").hidden = false;
-  get("token").setCustomValidity("");
-  get("token-hint").textContent = wanted || "This service asks for one. It is kept in this tab alone.";
+  get("token-hint").textContent = `${why} It is kept in this tab alone.`;
   get("token").focus();
+  return why;
 }
 
 async function learnModel() {
@@ -104,8 +106,9 @@ async function ask(text, question, signal) {
       }
     }
     if (piece) {
-      if (!get("answer").textContent) status("Answering …");
-      get("answer").append(piece);
+      const first = !get("answer").textContent;
+      if (first) status("Answering …");
+      get("answer").append(first ? piece.trimStart() : piece);
     }
     if (evidence) {
       facts = event.homer;
@@ -132,6 +135,8 @@ function busy(on) {
 
 get("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
+  // Ctrl+Enter asks while the button does not.
+  if (get("send").disabled) return;
   const text = get("document").value.trim(), question = get("question").value.trim();
   fail("");
   if (!text || !question) return fail("Give a document and a question.");
@@ -233,4 +238,5 @@ get("drop").addEventListener("drop", ({ dataTransfer }) => {
 });
 
 get("token").value = sessionStorage.getItem(TOKEN_KEY) ?? "";
-learnModel().catch((error) => fail(error.message));
+// Where a token is missing, its field says so.
+learnModel().catch((error) => get("token-field").hidden && fail(error.message));

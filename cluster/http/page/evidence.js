@@ -66,7 +66,7 @@ class EvidenceView {
     const { starts } = this, last = starts.length - 1;
     for (let from = 0; from < last;) {
       let to = from + 1;
-      while (to < last && starts[to] - starts[from] < BLOCK_CHARS) to += 1;
+      while (to < last && !this.endsBlock(starts[to], starts[to] - starts[from])) to += 1;
       // Tokens of one character stay together.
       while (to < last && starts[to] === starts[to - 1]) to += 1;
       const begin = from ? starts[from] : 0;
@@ -84,6 +84,13 @@ class EvidenceView {
     return el("section", { className: "card map" }, el("h2", {}, "The document"),
       el("p", { className: "hint" }, "The stronger a word is marked, the higher it rose in the tree. " +
         "What is marked in full is in the final cache."), this.pane);
+  }
+
+  // A block is a paragraph to the browser: it ends where the text has a line's end, or else a sentence's.
+  endsBlock(at, chars) {
+    const before = this.text[at - 1];
+    return chars >= BLOCK_CHARS && before === "\n" ||
+      chars >= 2 * BLOCK_CHARS && /[.!?…。]/.test(before) || chars >= 4 * BLOCK_CHARS;
   }
 
   // Put marks into a block that comes into view.
@@ -154,8 +161,9 @@ class EvidenceView {
     }
     this.firstTokens = this.groups.map((group) => group[0].from);
     this.list = el("ol", { id: "passages" }, ...this.groups.map((group, i) => {
+      const at = `${(100 * group[0].start / this.text.length).toFixed(1)} %`;
       const button = el("button", { type: "button" },
-        el("span", { className: "at" }, share(group[0].start, this.text.length)), this.words(group));
+        el("span", { className: "at" }, at), this.words(group));
       button.addEventListener("click", () => this.choosePassage(i, true));
       return el("li", {}, button);
     }));
@@ -163,20 +171,25 @@ class EvidenceView {
     return el("section", { className: "card passages" },
       el("h2", {}, "What the answer was made from"),
       el("p", { className: "hint" }, `${count(tokens)} of ${count(this.total)} tokens, in the order ` +
-        "of the document. Choose one to find it there."), this.list);
+        "of the document and with their place in it. Choose one to find it there."), this.list);
   }
 
   // The words of a group, with what is around and between them.
   words(group) {
-    const { text } = this, faint = (from, to) =>
-      el("span", { className: "around" }, text.slice(from, to).replace(/\s+/g, " "));
+    const { text } = this, faint = (from, to, cut = "") => el("span", { className: "around" },
+      text.slice(from, to).replace(cut, "").replace(/\s+/g, " "));
     const first = group[0].start, end = group.at(-1).end, out = el("span", { className: "words" });
-    out.append(faint(Math.max(0, first - AROUND_CHARS), first));
+    // What is around begins and ends with a whole word.
+    const from = first - AROUND_CHARS, to = end + AROUND_CHARS;
+    out.append(faint(Math.max(0, from), first, from > 0 ? /^\S*\s+/ : /^\s+/));
     group.forEach((one, i) => {
       if (i) out.append(faint(group[i - 1].end, one.start));
-      out.append(el("b", {}, text.slice(Math.max(one.start, group[i - 1]?.end ?? 0), one.end)));
+      const kept = text.slice(Math.max(one.start, group[i - 1]?.end ?? 0), one.end);
+      // The space before a word belongs to its token, and is not worth a mark.
+      const [space] = kept.match(/^\s*(?=\S)/) ?? [""];
+      out.append(space && " ", el("b", {}, kept.slice(space.length)));
     });
-    out.append(faint(end, end + AROUND_CHARS));
+    out.append(faint(end, to, to < text.length ? /\s+\S*$/ : /\s+$/));
     return out;
   }
 

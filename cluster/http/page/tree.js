@@ -4,8 +4,10 @@
 
 const WORKER_COLORS = 6;
 const ROW = 24, GAP = 6, GUTTER = 62;
+const HOW_TO = "Point at a node, tap it, or walk with the arrow keys to see what became of it.";
 
 const count = new Intl.NumberFormat("en").format;
+const counted = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 const share = (part, whole) => (whole ? `${(100 * part / whole).toPrecision(3)} %` : "–");
 
 function el(tag, props = {}, ...children) {
@@ -48,7 +50,7 @@ class MergeTree {
   makeSection() {
     this.canvas = el("canvas", { tabIndex: 0, id: "tree" });
     this.canvas.setAttribute("role", "img");
-    this.nodeLine = el("p", { className: "node-line" });
+    this.nodeLine = el("p", { className: "node-line", textContent: HOW_TO });
     this.nodeLine.setAttribute("aria-live", "polite");
     this.legend = el("ul", { className: "legend" });
     this.table = el("table", { className: "levels" });
@@ -146,7 +148,7 @@ class MergeTree {
       const seconds = mine.reduce((sum, node) => sum + node.seconds, 0);
       const dot = el("i");
       dot.style.background = `var(${this.workerColor(worker)})`;
-      return el("li", {}, dot, `${worker}: ${count(mine.length)} nodes, ${seconds.toFixed(2)} s`);
+      return el("li", {}, dot, `${worker}: ${counted(mine.length, "node")}, ${seconds.toFixed(2)} s`);
     }));
     if (this.levels[0].layers) {
       const dot = el("i");
@@ -160,7 +162,8 @@ class MergeTree {
       const kept = done.reduce((sum, node) => sum + node.kept, 0);
       const read = done.reduce((sum, node) => sum + node.read, 0);
       const all = done.length === level.nodes.length;
-      const layers = level.layers ? `${level.layers[0]}–${level.layers[1] - 1}` : "";
+      const [first, last] = [level.layers?.[0], level.layers?.[1] - 1];
+      const layers = !level.layers ? "" : first === last ? first : `${first}–${last}`;
       return el("tr", {}, el("td", {}, this.levelName(h)),
         el("td", {}, all ? count(done.length) : `${count(done.length)} of ${count(level.nodes.length)}`),
         el("td", { className: "wide" }, layers), el("td", { className: "wide" }, count(read)),
@@ -204,8 +207,8 @@ class MergeTree {
     if (node && go) this.go(node);
     if (node === this.chosen) return;
     this.chosen = node;
-    this.nodeLine.textContent = !node ? "" :
-      `${this.levelName(node.height)} ${node.index + 1}, tokens ${count(node.start)} to ${count(node.end)}: ` +
+    this.nodeLine.textContent = !node ? HOW_TO : `${this.levelName(node.height)}, node ` +
+      `${count(node.index + 1)} of ${count(this.levels[node.height].nodes.length)}: tokens ${count(node.start)} to ${count(node.end)}, ` +
       (node.done ? `kept ${count(node.kept)} of ${count(node.read)}, on ${node.worker}, ` +
         `${(1000 * node.seconds).toFixed(0)} ms` : "not done yet");
     this.drawSoon();
