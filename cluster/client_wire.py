@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 
 from cluster.client_request import ClientRequest
 from cluster.errors import ServiceError
@@ -77,13 +78,17 @@ def _service_error(error: grpc.RpcError, address: str) -> ServiceError:
     return ServiceError(code.name, details, _retry_after(call))
 
 
+def message_fields(message: Message) -> dict[str, Any]:
+    """A message as JSON: its fields by their names, zeros included."""
+    fields: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return fields
+
+
 def summary_to_json(summary: pb.Summary) -> dict[str, Any]:
     """A summary as JSON: the fields of `homer.v1.Summary` by their names, zeros included."""
-    fields: dict[str, Any] = MessageToDict(
-        summary,
-        preserving_proto_field_name=True,
-        always_print_fields_with_no_presence=True,
-    )
+    fields = message_fields(summary)
     # JSON from protobuf writes 64-bit integers as text.
     for name in ("prompt_tokens", "moved_bytes"):
         fields[name] = int(fields[name])

@@ -12,8 +12,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from google.protobuf.json_format import MessageToDict
-
+from cluster.client_wire import message_fields
 from homer.v1 import long_context_pb2 as pb
 
 FOLDER = Path(__file__).parent / "http" / "page"
@@ -30,11 +29,7 @@ def evidence_file(document: str, question: str, summary: pb.Summary) -> str:
         (FOLDER / name).read_text(encoding="utf-8") for name in ("tree.js", "evidence.js")
     )
     script += _SHOW
-    evidence = MessageToDict(
-        summary.evidence,
-        preserving_proto_field_name=True,
-        always_print_fields_with_no_presence=True,
-    )
+    evidence = message_fields(summary.evidence)
     # No text of a document may end the element that it is in.
     data = json.dumps({"document": document, "evidence": evidence}).replace("<", "\\u003c")
     policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}"

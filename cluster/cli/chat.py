@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli import settings
+from cluster.cli.answer import tell_answer
 from cluster.cli.connection import Connection, asks_a_service
 from cluster.cli.exit_codes import ExitCode, exit_code
-from cluster.cli.generate import OWN_RETRIES, start_service, tell_answer
+from cluster.cli.generate import OWN_RETRIES, start_service
 from cluster.cli.load_settings import loads_a_model
 from cluster.cli.settings import DEFAULTS
 from homer.documents import STDIN, read_document

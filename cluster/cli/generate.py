@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import uuid
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from cluster.cli import settings
+from cluster.cli.answer import tell_answer
 from cluster.cli.connection import Connection, asks_a_service
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.load_settings import loads_a_model
 from cluster.cli.settings import DEFAULTS
-from cluster.errors import ServiceError
 from homer.documents import read_document
 from homer.load_options import LoadOptions
-from homer.shape import UNCALIBRATED
-
-if TYPE_CHECKING:
-    from cluster.client import HomerClient
-    from homer.v1 import long_context_pb2 as pb
 
 # A coordinator that dies is back in about five seconds.
 OWN_RETRIES = 5
@@ -55,6 +49,16 @@ def generate(
         list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answer.", min=0)] = None,
+    n: Annotated[
+        int, typer.Option("--n", help="Answers to draw from the one compressed document.", min=1)
+    ] = 1,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="Show each token's log-probability, and those of so many likeliest (0: none).",
+            min=0,
+        ),
+    ] = None,
     evidence: Annotated[
         Path | None,
         typer.Option(
@@ -116,6 +120,8 @@ def generate(
             "top_k": top_k,
             "stop": stop,
             "seed": seed,
+            "n": n,
+            "logprobs": logprobs,
         },
     }
     try:
@@ -164,38 +170,3 @@ def start_service(stack: ExitStack, address: str | None, **options: Any) -> str:
     alone = ServeOptions(port=0, name=f"homer-generate-{uuid.uuid4().hex}", **options)
     placed = stack.enter_context(ray_cluster(address, alone))
     return stack.enter_context(running_service(placed))
-
-
-def tell_answer(
-    client: HomerClient, request: dict[str, Any], view: Any, as_json: bool
-) -> pb.Summary:
-    """Ask, show what happens, and print the answer as it comes, or its summary as JSON."""
-    from cluster.cli.progress import describe_summary
-    from cluster.client_wire import summary_to_json
-    from homer.v1 import long_context_pb2 as pb
-
-    told, warned = 0, False
-    with closing(client.generate(**request)) as events:
-        for event in events:
-            match event:
-                case pb.Accepted():
-                    view.accepted(event)
-                    if event.uncalibrated and not warned:
-                        warned = True
-                        typer.echo(f"homer: {UNCALIBRATED}", err=True)
-                case pb.Progress():
-                    view.progress(event)
-                case pb.Token() if not as_json:
-                    told += len(event.text)
-                    print(event.text, end="", flush=True)
-                case pb.Summary() if as_json:
-                    fields = summary_to_json(event)
-                    # It has a file of its own.
-                    fields.pop("evidence", None)
-                    print(json.dumps(fields), flush=True)
-                    return event
-                case pb.Summary():
-                    print(event.text[told:], flush=True)
-                    view.status(describe_summary(event))
-                    return event
-    raise ServiceError("DATA_LOSS", "the service ended the answer before its summary")

@@ -57,12 +57,9 @@ def status(
 
 def _as_json(info: Any) -> dict[str, Any]:
     """The fields of `homer.v1.GetServerInfoResponse` by their names, zeros included."""
-    from google.protobuf.json_format import MessageToDict
+    from cluster.client_wire import message_fields
 
-    fields = MessageToDict(
-        info, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    return _plain(fields)
+    return _plain(message_fields(info))
 
 
 def _plain(value: Any) -> Any:

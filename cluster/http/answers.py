@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal
 
-from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
-from cluster.client_wire import Event
+from cluster.client_wire import Event, message_fields
 from cluster.errors import ServiceError
 from cluster.evidence import add_text
 from cluster.http.bodies import HomerOptions
@@ -228,10 +227,8 @@ def usage(summary: pb.Summary) -> dict[str, int]:
 
 
 def _fields(message: Message) -> dict[str, Any]:
-    """A message as JSON: its fields by their names, zeros included."""
-    fields: dict[str, Any] = MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
+    """A message as `message_fields` has it, with numbers and names as callers expect them."""
+    fields = message_fields(message)
     # JSON from protobuf writes 64-bit integers as text.
     if "prompt_tokens" in fields:
         fields["prompt_tokens"] = int(fields["prompt_tokens"])

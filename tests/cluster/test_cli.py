@@ -21,6 +21,9 @@ from tests.cluster.conftest import poll
 from tests.cluster.processes import BIN, Sandbox, sandbox
 from tests.cluster.test_service import CONTEXT, LONG_CONTEXT, QUESTION, assert_nothing_held
 from tests.golden_cases import model_dir
+from tests.project.command_line import Homer, homer
+
+__all__ = ["homer"]
 
 HOMER = str(BIN / "homer")
 NEW_TOKENS = 12
@@ -145,6 +148,46 @@ def test_the_document_can_come_from_stdin(
     assert started.returncode == 0, errors
     assert errors == ""
     assert_same_answer(output, expected)
+
+
+def test_several_answers_come_one_after_the_other_with_headings_and_log_probabilities(
+    homer: Homer, service: HomerClient, document: Path
+) -> None:
+    sampling: dict[str, Any] = {"max_tokens": 3, "temperature": 1.5, "seed": 7, "n": 2}
+    *events, summary = service.generate(
+        context=CONTEXT, question=QUESTION, sampling={**sampling, "logprobs": 2}
+    )
+    assert isinstance(summary, pb.Summary)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in sampling.items()]
+    command = [
+        "generate", "--server", service.address, "--context", document, "--question", QUESTION,
+        *options, "--logprobs=2",
+    ]  # fmt: skip
+    told = homer(*command)
+    assert told.code == 0, told.stderr
+    first, second = (one.text for one in summary.answers)
+    beginning, middle, rest = re.split(r"--- answer \d of 2 ---\n", told.stdout)
+    assert beginning == ""
+    for printed, text in ((middle, first), (rest, second)):
+        assert printed.startswith(f"{text}\n\nlog-probability, token, and the likeliest there:\n")
+        assert re.findall(r"^ +-\d\.\d{4}  \".*\"", printed, flags=re.MULTILINE)
+    as_json = homer(*command, "--json")
+    assert (as_json.code, as_json.stderr) == (0, "")
+    fields = json.loads(as_json.stdout)
+    assert [one["text"] for one in fields["answers"]] == [first, second]
+    assert fields["logprobs"] == fields["answers"][0]["logprobs"]
+    for number, one in enumerate(fields["answers"]):
+        tokens = [event for event in events if isinstance(event, pb.Token)]
+        own = [token for token in tokens if token.answer == number]
+        assert [given["token_id"] for given in one["logprobs"]] == one["token_ids"]
+        assert [given["text"] for given in one["logprobs"]] == [t.logprob.text for t in own]
+        for given, token in zip(one["logprobs"], own, strict=True):
+            assert given["logprob"] == pytest.approx(token.logprob.logprob, abs=1e-4)
+            likeliest = [top["token_id"] for top in given["top_logprobs"]]
+            assert likeliest == [top.token_id for top in token.top_logprobs]
+    refused = homer(*command[:-1], "--logprobs=99")
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "logprobs must be from 0 to 20" in refused.stderr
 
 
 MISTAKES: list[tuple[list[str], int, str]] = [
