@@ -7,6 +7,7 @@ without. Each part is tokenized on its own. Knows nothing about models or reques
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,12 +113,20 @@ class PromptTokenizer:
         Raises
         ------
         PromptError
-            When the model has no chat template, or its template refuses these messages.
+            When the model has no chat template, or its template refuses these messages; or when
+            `template_kwargs` has more than variables of the template.
         """
         if not self.has_chat_template:
             raise PromptError(
                 "the model has no chat template, so it answers no chats; use completions, or put "
                 "its chat_template.jinja beside it"
+            )
+        # Among them are the template itself, which is a program, and what comes out.
+        own = inspect.signature(self._tokenizer.apply_chat_template).parameters.keys()
+        if wrong := sorted(own & template_kwargs.keys()):
+            raise PromptError(
+                f"chat_template_kwargs has {', '.join(wrong)}; it takes variables of the model's "
+                "chat template and nothing else: leave that out"
             )
         try:
             text: str = self._tokenizer.apply_chat_template(

@@ -12,6 +12,7 @@ from cluster.http.chat import PromptBuilder
 from cluster.http.errors import HttpError
 from cluster.text import PromptTokenizer
 from homer.demo import MODEL_DIR
+from homer.errors import PromptError
 
 CHUNK = 64
 DOCUMENT = "The fox is red. " * 20
@@ -36,6 +37,16 @@ def cut(tokenizer: PromptTokenizer, *messages: tuple[str, Any]) -> tuple[str, st
     parts = decode(ids.prefix), decode(ids.context), decode(ids.suffix)
     assert "".join(parts) == whole
     return parts
+
+
+def test_a_chat_brings_variables_of_the_template_and_no_template(
+    tokenizer: PromptTokenizer,
+) -> None:
+    turns = [{"role": "user", "content": "Who?"}]
+    assert tokenizer.render_chat(turns, {"enable_thinking": False}).endswith("Who?\na:")
+    for name in ("chat_template", "tokenize", "add_generation_prompt", "tools"):
+        with pytest.raises(PromptError, match=f"chat_template_kwargs has {name}; it takes"):
+            tokenizer.render_chat(turns, {name: "{{ 'a' * 10 }}"})
 
 
 def test_system_is_prefix_and_what_the_last_paragraph_says_is_the_question(
