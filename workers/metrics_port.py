@@ -59,8 +59,19 @@ class MetricsPort:
     ) -> None:
         security.check_host(host)
 
+        contexts = None if security.tls is None else security.tls.server_contexts()
+
         class Server(ThreadingWSGIServer):
             address_family = AF_INET6 if ":" in host else AF_INET
+
+            def get_request(self) -> tuple[Any, Any]:
+                connection, address = super().get_request()
+                if contexts is not None:
+                    # The thread of each connection shakes hands: one that waits holds up no other.
+                    connection = contexts().wrap_socket(
+                        connection, server_side=True, do_handshake_on_connect=False
+                    )
+                return connection, address
 
         app = make_wsgi_app(registry)
         if targets is not None:
@@ -74,11 +85,6 @@ class MetricsPort:
                 f"cannot listen on {host}:{port} for metrics: {error}; choose another "
                 "--metrics-port, or 0 for any free one"
             ) from error
-        if security.tls is not None:
-            # Hands are shaken by the thread of each connection: one that waits holds up no other.
-            self._server.socket = security.tls.server_context().wrap_socket(
-                self._server.socket, server_side=True, do_handshake_on_connect=False
-            )
         self._thread = Thread(target=self._server.serve_forever, name="homer-metrics", daemon=True)
         self._thread.start()
         self.port: int = self._server.server_port

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import grpc
 
 from homer.errors import ConfigError
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SERVER_NAME_HELP = "the name that the server's certificate has, where it is not its address"
 
@@ -80,58 +83,71 @@ class Tls:
         ConfigError
             As for `channel_credentials`, and when there is no certificate.
         """
-        files = _ServerFiles(self)
+        files = _ServerFiles(self, _grpc_configuration)
+        # gRPC takes None too, but its types do not say so.
+        changed: Any = files.changed
         return grpc.dynamic_ssl_server_credentials(
-            files.configuration(), files.changed, require_client_authentication=self.ca is not None
+            files.made, changed, require_client_authentication=self.ca is not None
         )
 
-    def server_context(self) -> ssl.SSLContext:
-        """For a server that is not gRPC's.
+    def server_contexts(self) -> Callable[[], ssl.SSLContext]:
+        """For a server that is not gRPC's: gives the context of the connection that comes.
 
         Raises
         ------
         ConfigError
             As for `server_credentials`.
         """
-        _check(self, server=True)
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(self.cert or "", self.key)
-        if self.ca is not None:
-            context.load_verify_locations(self.ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-        return context
+        return _ServerFiles(self, _context).now
 
 
-class _ServerFiles:
-    """A server's certificates, as long as their files stay the same and after that."""
+class _ServerFiles(Generic[T]):
+    """What is made of a server's certificates, and again when their files have changed."""
 
-    def __init__(self, tls: Tls) -> None:
+    def __init__(self, tls: Tls, make: Callable[[Tls], T]) -> None:
         self._tls = tls
+        self._make = make
         self._stamps = self._look()
+        self.made = make(tls)
 
-    def configuration(self) -> Any:
-        tls = self._tls
-        _check(tls, server=True)
-        pair: Any = (_read(tls.key), _read(tls.cert))
-        return grpc.ssl_server_certificate_configuration([pair], _read(tls.ca))
+    def now(self) -> T:
+        """As the files are now; where they do not fit together, as they were."""
+        self.changed()
+        return self.made
 
-    def changed(self) -> Any:
-        """A new configuration, or None for the one that is used. gRPC asks at handshakes."""
+    def changed(self) -> T | None:
+        """Something new, or None for what is used. gRPC asks at handshakes."""
         stamps = self._look()
         if stamps == self._stamps:
             return None
         try:
-            configuration = self.configuration()
+            self.made = self._make(self._tls)
         except ConfigError as error:
             # Perhaps half of it is written: the next handshake looks again.
             _log.error("the certificates stay as they were: %s", error)
             return None
         self._stamps = stamps
         _log.info("the certificates have changed")
-        return configuration
+        return self.made
 
     def _look(self) -> list[tuple[int, int, int] | None]:
         return [_stamp(path) for path in (self._tls.ca, self._tls.cert, self._tls.key)]
+
+
+def _grpc_configuration(tls: Tls) -> Any:
+    _check(tls, server=True)
+    pair: Any = (_read(tls.key), _read(tls.cert))
+    return grpc.ssl_server_certificate_configuration([pair], _read(tls.ca))
+
+
+def _context(tls: Tls) -> ssl.SSLContext:
+    _check(tls, server=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tls.cert or "", tls.key)
+    if tls.ca is not None:
+        context.load_verify_locations(tls.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 def _check(tls: Tls, server: bool = False) -> None:

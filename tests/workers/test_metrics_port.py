@@ -61,6 +61,12 @@ def test_metrics_come_over_tls(tmp_path: Path) -> None:
         assert get(url, None, context) == 200
         with pytest.raises((urllib.error.URLError, OSError)):
             get(f"http://{port.address}/metrics", None)
+        # The same files, renewed: here by one that is too old, so that it is seen.
+        authority.issue("server", "127.0.0.1", days=-1)
+        with pytest.raises(urllib.error.URLError, match="certificate has expired"):
+            get(url, None, context)
+        authority.issue("server", "127.0.0.1")
+        assert get(url, None, context) == 200
 
 
 def test_beyond_the_loopback_metrics_need_a_token() -> None:
