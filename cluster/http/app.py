@@ -64,8 +64,7 @@ class HttpDoor:
         self.tokens = tokens
         self._address = address
         self._tls = tls
-        self._client = self._connect(None if tokens is None else tokens.first)
-        self._clients: dict[str, AsyncHomerClient] = {}
+        self._clients: dict[str | None, AsyncHomerClient] = {}
         self._model_name = model_name
         self._served: Served | None = None
         self._loading = asyncio.Lock()
@@ -74,7 +73,7 @@ class HttpDoor:
         """What is served; asked for once."""
         async with self._loading:
             if self._served is None:
-                info = await self._client.server_info()
+                info = await self._own.server_info()
                 self._served = await asyncio.to_thread(Served.of, info, self._model_name)
         return self._served
 
@@ -86,12 +85,12 @@ class HttpDoor:
         ServiceError
             Where it cannot, with the reason.
         """
-        info = await self._client.server_info(HEALTH_SECONDS)
+        info = await self._own.server_info(HEALTH_SECONDS)
         if not any(worker.ready for worker in info.workers):
             raise ServiceError("UNAVAILABLE", "no worker is ready")
 
     async def close(self) -> None:
-        for client in (self._client, *self._clients.values()):
+        for client in self._clients.values():
             await client.close()
 
     async def answer(self, body: ChatBody | CompletionBody, headers: Mapping[str, str]) -> Response:
@@ -117,17 +116,20 @@ class HttpDoor:
             headers=extra,
         )
 
+    @property
+    def _own(self) -> AsyncHomerClient:
+        """The client with the door's token, which is the first, as the tokens are now."""
+        return self._client(None if self.tokens is None else self.tokens.first)
+
     def _client_for(self, headers: Mapping[str, str]) -> AsyncHomerClient:
         """The client with the caller's token, which the service counts requests by."""
-        if self.tokens is None:
-            return self._client
-        token = headers.get(AUTHORIZATION, "").split(" ")[-1]
-        if token not in self._clients:
-            self._clients[token] = self._connect(token)
-        return self._clients[token]
+        known = self.tokens is not None
+        return self._client(headers.get(AUTHORIZATION, "").split(" ")[-1] if known else None)
 
-    def _connect(self, token: str | None) -> AsyncHomerClient:
-        return AsyncHomerClient(self._address, token=token, tls=self._tls)
+    def _client(self, token: str | None) -> AsyncHomerClient:
+        if token not in self._clients:
+            self._clients[token] = AsyncHomerClient(self._address, token=token, tls=self._tls)
+        return self._clients[token]
 
 
 def build_http(door: HttpDoor, limits: HttpLimits = LIMITS) -> FastAPI:
