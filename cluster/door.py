@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.call_limit import CallLimit
 from cluster.client_wire import KEEPALIVE_OPTIONS, KEEPALIVE_SECONDS
-from cluster.door_errors import error_metadata, wire_code
+from cluster.door_errors import error_metadata, message, wire_code
 from cluster.errors import NotServingError
 from cluster.evidence import evidence_of
 from cluster.info_wire import model_info, server_info, trace_to_wire
@@ -82,8 +82,9 @@ class LongContextDoor(long_context_pb2_grpc.LongContextServicer):
     ) -> None:
         log_about(request_id=request.request_id)
         async with _errors(context), self._request() as service:
-            asked = request_from_wire(request)
-            await _answer(service, asked, context, pb.GenerateResponse)
+            with self._uploads.whole(request):
+                asked = request_from_wire(request)
+                await _answer(service, asked, context, pb.GenerateResponse)
 
     async def GenerateFromStream(  # noqa: N802 - gRPC's name
         self, requests: AsyncIterator[pb.GenerateFromStreamRequest], context: Context
@@ -300,9 +301,9 @@ async def _errors(context: Context) -> AsyncIterator[None]:
         # It has its status.
         raise
     except HomerError as error:
-        code = wire_code(error)
-        _log.warning("answered with %s: %s", code.name, error)
-        await context.abort(code, str(error), error_metadata(error))
+        code, told = wire_code(error), message(error)
+        _log.warning("answered with %s: %s", code.name, told)
+        await context.abort(code, told, error_metadata(error))
     except Exception:
         _log.exception("the request failed")
         await context.abort(grpc.StatusCode.INTERNAL, "the service failed; its log has the cause")

@@ -30,6 +30,9 @@ LOST_RETRY_SECONDS = 5.0
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
+# A status and its details are metadata, of which clients take 8 KiB.
+LONGEST_MESSAGE = 600
+
 
 def wire_code(error: HomerError) -> grpc.StatusCode:
     """The status that an error means to a user."""
@@ -45,6 +48,12 @@ def wire_code(error: HomerError) -> grpc.StatusCode:
     if isinstance(error, WorkerCallError):
         return grpc.StatusCode[error.code]
     return status_code(error)
+
+
+def message(error: HomerError) -> str:
+    """What the caller is told; an error may quote what the caller sent, of whatever length."""
+    text = str(error)
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}…"
 
 
 def retry_seconds(error: HomerError) -> float | None:
@@ -63,7 +72,8 @@ def error_metadata(error: HomerError) -> Metadata:
     """
     code, seconds = wire_code(error), retry_seconds(error)
     reason = type(error).__name__.removesuffix("Error")
-    status = status_pb2.Status(code=code.value[0], message=str(error))
+    told_text = message(error)
+    status = status_pb2.Status(code=code.value[0], message=told_text)
     info = error_details_pb2.ErrorInfo(
         reason="".join(f"_{c}" if c.isupper() else c for c in reason).strip("_").upper(),
         domain=DOMAIN,
@@ -73,7 +83,7 @@ def error_metadata(error: HomerError) -> Metadata:
         delay = Duration(seconds=int(seconds), nanos=round(seconds % 1 * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     if code is grpc.StatusCode.INVALID_ARGUMENT:
-        violation = error_details_pb2.BadRequest.FieldViolation(description=str(error))
+        violation = error_details_pb2.BadRequest.FieldViolation(description=told_text)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     told: Metadata = ((STATUS_DETAILS, status.SerializeToString()),)
     if seconds is not None:

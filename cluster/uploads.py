@@ -1,4 +1,4 @@
-"""Documents that come in pieces: put together, and bounded before they take memory.
+"""Documents: bounded before they take memory, and put together where they come in pieces.
 
 Knows nothing about gRPC servers, or about what is asked.
 """
@@ -6,8 +6,8 @@ Knows nothing about gRPC servers, or about what is asked.
 from __future__ import annotations
 
 import codecs
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
 from cluster.errors import OverloadedError
@@ -52,6 +52,25 @@ class Uploads:
             yield await document.read(parts)
         finally:
             self.held_bytes -= document.held_bytes
+
+    @contextmanager
+    def whole(self, request: pb.GenerateRequest) -> Iterator[None]:
+        """Counts a request that is there, document and all, until the block ends.
+
+        Raises
+        ------
+        PromptError, OverloadedError
+            As for `receive`, before anything is made of the message.
+        """
+        tokens = request.tokens
+        ids = len(tokens.prefix_ids) + len(tokens.context_ids) + len(tokens.suffix_ids)
+        self.check_ids(len(tokens.context_ids))
+        count = max(request.ByteSize(), ID_BYTES * ids)
+        self.take(count, 0)
+        try:
+            yield
+        finally:
+            self.held_bytes -= count
 
     def take(self, count: int, so_far: int) -> None:
         """Count bytes of a document that has `so_far` already.

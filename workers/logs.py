@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ from typing import Any, TextIO
 from homer.errors import ConfigError
 
 LOG_FORMATS = ("text", "json")
+# Fields are names: longer ones are a caller's, who is refused for that only later.
+LONGEST = 256
+# What a terminal would obey.
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 
 _NOTHING: Mapping[str, str] = {}
 _about: ContextVar[Mapping[str, str]] = ContextVar("homer_log_about", default=_NOTHING)
@@ -74,7 +79,8 @@ class TextFormatter(logging.Formatter):
     """Lines for people: time, level, logger, message, then `name=value` fields.
 
     A message of several lines, such as a traceback, has the fields on each of them, so that all of
-    it is found by the request's id.
+    it is found by the request's id. The further ones are indented: only what is a record of its own
+    begins like one, whatever a caller had written into a message.
     """
 
     def __init__(self, constant: Mapping[str, str]) -> None:
@@ -85,7 +91,8 @@ class TextFormatter(logging.Formatter):
         text = super().format(record)
         fields = {**self._constant, **_about.get()}
         suffix = "".join(f" {name}={_quoted(value)}" for name, value in fields.items())
-        return "\n".join(line + suffix for line in text.splitlines())
+        lines = (_CONTROL.sub("?", line) for line in text.splitlines())
+        return "\n    ".join(line + suffix for line in lines)
 
 
 class JsonFormatter(logging.Formatter):
@@ -110,7 +117,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def _texts(fields: Mapping[str, object]) -> dict[str, str]:
-    return {name: str(value) for name, value in fields.items() if value not in (None, "")}
+    return {name: str(value)[:LONGEST] for name, value in fields.items() if value not in (None, "")}
 
 
 def _quoted(value: str) -> str:

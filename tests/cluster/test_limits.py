@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -15,12 +16,13 @@ import pytest
 from cluster.client import HomerClient
 from cluster.door import GrpcDoor
 from cluster.errors import ServiceError
-from cluster.http.middleware import HttpLimits
+from cluster.http.middleware import HttpLimits, Limited
 from cluster.seeing import Seeing
 from cluster.service import Limits, TokenText
+from homer.errors import ConfigError
 from homer.v1 import long_context_pb2 as pb
 from tests.cluster.conftest import Run, poll
-from tests.cluster.http.test_http import serving
+from tests.cluster.http.test_http import listening, serving
 from workers.security import Security
 
 ANNA, BERT = "anna-has-this-token", "bert-has-another-one"
@@ -139,6 +141,59 @@ def test_messages_and_metadata_that_are_too_long_are_refused(run: Run[Any]) -> N
             with pytest.raises(grpc.RpcError):
                 next(call)
             assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        # What is small only until it is unpacked is not unpacked.
+        bomb = pb.GenerateRequest(text=pb.TextPrompt(context="a" * 500_000))
+        call = multi(bomb, compression=grpc.Compression.Gzip)
+        with pytest.raises(grpc.RpcError):
+            next(call)
+        assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert call.details() == "Decompressed message larger than max"
+
+
+class Quoting(Talking):
+    """A service that refuses, and quotes what it was sent."""
+
+    def abort(self, request_id: str, caller: str) -> int:
+        return 0
+
+    async def generate(self, request: Any) -> AsyncIterator[Any]:
+        raise ConfigError(f"score is {request.compression['score']!r}")
+        yield
+
+
+def test_an_error_that_quotes_its_caller_fits_into_metadata(run: Run[Any]) -> None:
+    with door(run, Quoting()) as address, HomerClient(address) as client:
+        with pytest.raises(ServiceError) as unknown:
+            client.abort("a" * 100_000)
+        assert unknown.value.code == "NOT_FOUND"
+        assert len(str(unknown.value)) < 300
+        with pytest.raises(ServiceError, match="score is 'aaaa") as wrong:
+            next(client.generate(**ASK, compression={"score": "a" * 100_000}))
+        assert wrong.value.code == "INVALID_ARGUMENT"
+
+
+def test_the_http_door_hangs_up_on_who_does_not_read() -> None:
+    running, limits = Counter[str](), HttpLimits(stall_seconds=0.5)
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return
+        running["now"] += 1
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while True:
+                piece = {"type": "http.response.body", "body": b"a" * 65536, "more_body": True}
+                await send(piece)
+        finally:
+            running["now"] -= 1
+            running["ended"] += 1
+
+    with listening(lambda: Limited(endless, limits)) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(15) == b"HTTP/1.1 200 OK"
+            poll(lambda: running["ended"] == 1, "nobody reads, and the answer goes on")
+        assert running["now"] == 0
 
 
 def test_the_http_door_does_not_wait_for_bodies_nor_take_long_headers() -> None:

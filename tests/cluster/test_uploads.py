@@ -95,6 +95,17 @@ def test_what_cannot_be_a_document_is_refused(parts: list[Any], problem: str) ->
         received(parts, Limits(document_bytes=10, context_tokens=4))
 
 
+def test_too_many_ids_in_one_message_are_refused_before_they_are_made_a_list_of() -> None:
+    box = Uploads(Limits(context_tokens=4))
+    tokens = pb.TokenPrompt(context_ids=[1, 2, 3, 4, 5])
+    with (
+        pytest.raises(PromptError, match="more than 4 tokens"),
+        box.whole(pb.GenerateRequest(tokens=tokens)),
+    ):
+        pass
+    assert box.held_bytes == 0
+
+
 def test_a_document_is_refused_at_the_piece_that_is_too_much() -> None:
     read = 0
 
@@ -119,6 +130,15 @@ def test_documents_at_once_share_what_there_is() -> None:
                     pass
             assert refused.value.retry_after_seconds > 0
             assert box.held_bytes == 10
+            # Documents in one message count with them.
+            with (
+                pytest.raises(OverloadedError, match="other documents"),
+                box.whole(pb.GenerateRequest(text=pb.TextPrompt(context="x" * 5))),
+            ):
+                pass
+            assert box.held_bytes == 10
+        with box.whole(pb.GenerateRequest(tokens=pb.TokenPrompt(context_ids=[1]))):
+            assert box.held_bytes == 8
         async with box.receive(stream(text_parts(b"x" * 6))) as request:
             assert request.prompt.context == "xxxxxx"
         assert box.held_bytes == 0

@@ -100,21 +100,25 @@ def test_lines_have_the_fields_and_tracebacks_too(kind: str) -> None:
     formatter = make_formatter(kind, worker="w 1", empty="")
     assert type(formatter) is (TextFormatter if kind == "text" else JsonFormatter)
     log_about(request_id="outer", node="0/0")
-    with logging_about(request_id='in"ner'):
+    with logging_about(request_id='in"ner', attempt="a" * 9999):
         try:
-            raise ValueError("two\nlines")
+            raise ValueError("two\n2026-01-01 INFO a.b: forged \x1b[2J\rlines")
         except ValueError:
             record = logging.LogRecord("x", 40, "", 0, "%s failed", ("it",), sys.exc_info())
         lines = formatter.format(record).splitlines()
     if kind == "text":
         assert len(lines) > 3
-        assert all(line.endswith(r' worker="w 1" request_id="in\"ner"') for line in lines)
+        # Nobody takes for a record what was in a message.
+        assert [line[:4] for line in lines[1:]] == ["    "] * (len(lines) - 1)
+        assert any(line.startswith("    2026-01-01 INFO a.b: forged ?[2J ") for line in lines)
+        fields = r' worker="w 1" request_id="in\"ner" attempt=' + "a" * 256
+        assert all(line.endswith(fields) for line in lines)
         assert "it failed" in lines[0]
     else:
         (line,) = (json.loads(one) for one in lines)
         assert (line["worker"], line["request_id"]) == ("w 1", 'in"ner')
         assert line["message"] == "it failed"
-        assert "ValueError: two\nlines" in line["exception"]
+        assert "ValueError: two\n2026-01-01 INFO" in line["exception"]
         assert "node" not in line
     after = make_formatter("text").format(logging.LogRecord("x", 20, "", 0, "after", None, None))
     assert after.endswith("after request_id=outer node=0/0")

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -33,30 +33,36 @@ CHAT: Any = [{"role": "system", "content": "Read."}, {"role": "user", "content":
 
 
 @contextmanager
-def serving(
-    address: str, door: Mapping[str, Any] = MappingProxyType({}), **settings: Any
-) -> Iterator[str]:
-    """The HTTP door of the service at `address`, on a port of this machine; gives its URL."""
+def listening(make: Callable[[], Any]) -> Iterator[int]:
+    """An application, made in the event loop of its server; gives its port on this machine."""
 
-    listening = socket.create_server(("127.0.0.1", 0))
-    port = listening.getsockname()[1]
+    connections = socket.create_server(("127.0.0.1", 0))
+    port = connections.getsockname()[1]
     ready = threading.Event()
     server: list[uvicorn.Server] = []
 
     async def run() -> None:
-        app = build_http(HttpDoor(address, **door), **settings)
-        server.append(uvicorn.Server(uvicorn.Config(app, log_level="warning")))
+        server.append(uvicorn.Server(uvicorn.Config(make(), log_level="warning")))
         ready.set()
-        await server[0].serve([listening])
+        await server[0].serve([connections])
 
     thread = threading.Thread(target=lambda: asyncio.run(run()))
     thread.start()
     ready.wait()
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield port
     finally:
         server[0].should_exit = True
         thread.join()
+
+
+@contextmanager
+def serving(
+    address: str, door: Mapping[str, Any] = MappingProxyType({}), **settings: Any
+) -> Iterator[str]:
+    """The HTTP door of the service at `address`; gives its URL."""
+    with listening(lambda: build_http(HttpDoor(address, **door), **settings)) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
