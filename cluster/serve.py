@@ -32,6 +32,9 @@ from workers.tls import Tls
 APP_NAME = "homer"
 # Requests that a replica answers at once; it only passes them on.
 MAX_ONGOING_REQUESTS = 256
+# Those that wait for one, at each of Serve's proxies, which has read of them whatever came: the
+# next gets 503.
+MAX_QUEUED_REQUESTS = 256
 # Passing requests on takes little; the processors are for workers.
 _NO_CPU = {"num_cpus": 0}
 _NESTED = ("compression", "limits", "security", "worker_tls", "worker_token")
@@ -202,6 +205,7 @@ def build_app(args: dict[str, Any]) -> Application:
         name="Door",
         num_replicas=door.replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_queued_requests=MAX_QUEUED_REQUESTS,
         ray_actor_options=_NO_CPU,
     )(serve.ingress()(Door))
     return replicas.bind(service, door.served_model_name, door.security())
