@@ -15,10 +15,15 @@ from cluster.retry import retry_entries
 from workers.guard import caller, is_open
 
 RETRY_SECONDS = 1.0
+# Of health, which anybody may watch, and without end.
+MOST_WATCHES = 256
+_WATCHES = "watches of health"
 
 
 class CallLimit(grpc.aio.ServerInterceptor):
     """Lets each token have at most so many calls at once; those without one are one caller.
+
+    Of health there may be `MOST_WATCHES` watches, whoever has them.
 
     Parameters
     ----------
@@ -36,13 +41,22 @@ class CallLimit(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(details)
-        if handler is None or not self._most or is_open(details.method):
+        if handler is None:
+            return None
+        watches = is_open(details.method)
+        # A check is over at once.
+        if not (handler.response_streaming if watches else self._most):
             return handler
         inner = handler.stream_stream or handler.stream_unary
 
         async def counted(requests: AsyncIterator[bytes], context: Any) -> Any:
-            name = caller.get()
-            if self._running[name] >= self._most:
+            name = _WATCHES if watches else caller.get()
+            if watches and self._running[name] >= MOST_WATCHES:
+                await context.abort(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"there are {MOST_WATCHES} watches of health already; call Check instead",
+                )
+            if not watches and self._running[name] >= self._most:
                 await context.abort(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"{name or 'callers without a token'} may have {self._most} calls at once; "

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 import re
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -137,7 +138,8 @@ class PromptBuilder:
             return 0
         stripped = len(text.rstrip())
         for separator in _SEPARATORS:
-            found = list(separator.finditer(text, 0, stripped))
+            # Only the last: a long document may have millions.
+            found = deque(separator.finditer(text, 0, stripped), maxlen=1)
             if found and self._fits(text[found[-1].start() :]):
                 return found[-1].start()
         raise HttpError(

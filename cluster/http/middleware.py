@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.client_wire import MAX_MESSAGE_BYTES
-from cluster.http.errors import HttpError
+from cluster.http.errors import RETRY_SECONDS, HttpError
 from workers.guard import AUTHORIZATION
 from workers.tokens import Tokens
 
@@ -29,6 +29,8 @@ class HttpLimits:
     Parameters
     ----------
     body_bytes, header_bytes : int
+    all_bodies_bytes : int
+        Of all calls that are being read or answered.
     body_seconds : float
         For the whole body to come.
     stall_seconds : float
@@ -37,6 +39,7 @@ class HttpLimits:
 
     body_bytes: int = MAX_MESSAGE_BYTES
     header_bytes: int = 16 << 10
+    all_bodies_bytes: int = 1 << 30
     body_seconds: float = 120.0
     stall_seconds: float = 60.0
 
@@ -88,14 +91,22 @@ class Limited:
     def __init__(self, app: ASGIApp, limits: HttpLimits) -> None:
         self._app = app
         self._limits = limits
+        self.held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        body = bytearray()
         try:
-            body = await self._body(scope, receive)
-        except HttpError as refusal:
-            return await refusal.response()(scope, receive, send)
+            try:
+                whole = await self._read(body, scope, receive)
+            except HttpError as refusal:
+                return await refusal.response()(scope, receive, send)
+            await self._answer(whole, scope, receive, send)
+        finally:
+            self.held_bytes -= len(body)
+
+    async def _answer(self, whole: Message, scope: Scope, receive: Receive, send: Send) -> None:
         given = False
 
         async def replayed() -> Message:
@@ -103,7 +114,7 @@ class Limited:
             if given:
                 return await receive()
             given = True
-            return body
+            return whole
 
         async def patient(message: Message) -> None:
             async with asyncio.timeout(self._limits.stall_seconds):
@@ -111,7 +122,7 @@ class Limited:
 
         await self._app(scope, replayed, patient)
 
-    async def _body(self, scope: Scope, receive: Receive) -> Message:
+    async def _read(self, body: bytearray, scope: Scope, receive: Receive) -> Message:
         """The whole body as one message; or what came in its place, when the caller has gone."""
         limits = self._limits
         headers = scope["headers"]
@@ -125,16 +136,23 @@ class Limited:
         length = dict(headers).get(b"content-length", b"0")
         if length.isdigit() and int(length) > limits.body_bytes:
             raise too_large
-        body = bytearray()
         try:
             async with asyncio.timeout(limits.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] != "http.request":
                         return message
-                    body += message.get("body", b"")
+                    piece = message.get("body", b"")
+                    body += piece
+                    self.held_bytes += len(piece)
                     if len(body) > limits.body_bytes:
                         raise too_large
+                    if self.held_bytes > limits.all_bodies_bytes:
+                        raise HttpError(
+                            429,
+                            "other documents take all the memory that there is for them; try again",
+                            retry_after_seconds=RETRY_SECONDS,
+                        )
                     if not message.get("more_body"):
                         return {"type": "http.request", "body": bytes(body), "more_body": False}
         except TimeoutError:

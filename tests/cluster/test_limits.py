@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client import HomerClient
 from cluster.door import GrpcDoor
@@ -84,6 +85,25 @@ def test_a_token_has_its_share_of_calls_and_leaves_others_theirs(run: Run[Any]) 
         again.close()
         running.pop().close()
         poll(lambda: service.listeners == 0, "answers go on")
+
+
+def test_health_is_watched_by_so_many_and_checked_by_all(
+    run: Run[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.call_limit.MOST_WATCHES", 2)
+    asked = health_pb2.HealthCheckRequest()
+    with (
+        door(run, Talking(calls_per_token=0), tokens=f"anna={ANNA}") as address,
+        grpc.insecure_channel(address) as channel,
+    ):
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(asked) for _ in range(2)]
+        assert all(next(watch) for watch in watches)
+        with pytest.raises(grpc.RpcError, match="2 watches of health already; call Check"):
+            next(stub.Watch(asked))
+        assert stub.Check(asked).status == health_pb2.HealthCheckResponse.SERVING
+        for watch in watches:
+            watch.cancel()
 
 
 def test_who_does_not_read_an_answer_loses_it(run: Run[Any]) -> None:
@@ -170,6 +190,27 @@ def test_an_error_that_quotes_its_caller_fits_into_metadata(run: Run[Any]) -> No
         with pytest.raises(ServiceError, match="score is 'aaaa") as wrong:
             next(client.generate(**ASK, compression={"score": "a" * 100_000}))
         assert wrong.value.code == "INVALID_ARGUMENT"
+
+
+def test_bodies_at_once_share_what_there_is() -> None:
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return
+        length = len((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200 + length, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    limited = Limited(answer, HttpLimits(all_bodies_bytes=10))
+    with listening(lambda: limited) as port:
+        head = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 6\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as slow:
+            slow.sendall(f"{head}aaaaa".encode())
+            poll(lambda: limited.held_bytes == 5, "the body is not read")
+            assert first_line("127.0.0.1", port, f"{head}bbbbbb").startswith("HTTP/1.1 429")
+            slow.sendall(b"a")
+            assert slow.makefile().readline().startswith("HTTP/1.1 206")
+        assert first_line("127.0.0.1", port, f"{head}bbbbbb").startswith("HTTP/1.1 206")
+        poll(lambda: limited.held_bytes == 0, "what was answered is still counted")
 
 
 def test_the_http_door_hangs_up_on_who_does_not_read() -> None:
