@@ -6,8 +6,9 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cluster import retry
 from cluster.client import HomerClient
 from cluster.door import GrpcDoor
 from cluster.errors import ServiceError
@@ -24,6 +26,7 @@ from cluster.service import Limits, TokenText
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc
 from tests.cluster.conftest import Run, poll
+from tests.cluster.processes import free_ports
 from tests.cluster.test_retries import Script, answer, served
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -34,25 +37,26 @@ CONFIG = Path(__file__).parents[2] / "proto" / "homer" / "v1" / "service_config.
 class Slow:
     """A service that gives a token, and another when it is let."""
 
-    def __init__(self) -> None:
+    def __init__(self, version: int = 1) -> None:
+        self.version = version
         self.seeing = Seeing()
         self.go_on = threading.Event()
         self.cancelled = False
 
     async def generate(self, request: Any) -> AsyncIterator[Any]:
         try:
-            yield TokenText(1, "one")
+            yield TokenText(self.version, "one")
             while not self.go_on.is_set():
                 await asyncio.sleep(0.01)
-            yield TokenText(2, "two")
+            yield TokenText(2 * self.version, "two")
         except asyncio.CancelledError:
             self.cancelled = True
             raise
 
 
 @contextmanager
-def listening(run: Run[Any], **settings: Any) -> Iterator[tuple[GrpcDoor, str]]:
-    door = GrpcDoor("127.0.0.1", 0, Limits(), **settings)
+def listening(run: Run[Any], port: int = 0, **settings: Any) -> Iterator[tuple[GrpcDoor, str]]:
+    door = GrpcDoor("127.0.0.1", port, Limits(), **settings)
     port = run(door.listen())
     try:
         yield door, f"127.0.0.1:{port}"
@@ -84,6 +88,16 @@ class Watching:
     def end(self) -> None:
         self._call.cancel()
         self._thread.join()
+
+
+def refuses(client: HomerClient) -> bool:
+    """Whether a new request is refused; one that is not is given up."""
+    with closing(client.generate(context="a", question="b")) as events:
+        try:
+            next(events)
+        except ServiceError:
+            return True
+    return False
 
 
 def refusal(client: HomerClient) -> ServiceError:
@@ -124,6 +138,44 @@ def test_health_follows_the_service_from_loading_to_its_end(run: Run[Any]) -> No
         assert list(events) == [pb.Token(token_id=2, text="two")]
         draining.result(60)
         watching.end()
+
+
+def test_another_version_takes_over_the_address_and_the_first_takes_it_back(
+    run: Run[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody waits long between two tries.
+    monkeypatch.setattr(retry, "LONGEST_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.1)
+    (port,) = free_ports(1)
+    with HomerClient(f"127.0.0.1:{port}", retries=1000) as patient, ThreadPoolExecutor(2) as pool:
+
+        def ask() -> list[int]:
+            events = patient.generate(context="a", question="b")
+            return [event.token_id for event in events if isinstance(event, pb.Token)]
+
+        waiting: Future[list[int]] | None = None
+        for version in (1, 2, 1):
+            service = Slow(version)
+            with listening(run, port) as (door, address), HomerClient(address) as client:
+                run(door.serve(cast(Any, service)))
+                if waiting is not None:
+                    # Who asked while the version before ended is answered by this one.
+                    service.go_on.set()
+                    assert waiting.result(60) == [version, 2 * version]
+                    service.go_on.clear()
+                running = client.generate(context="a", question="b")
+                assert next(running) == pb.Token(token_id=version, text="one")
+                draining = pool.submit(run, door.drain(60))
+                poll(partial(refuses, client), "the door takes new requests")
+                waiting = pool.submit(ask)
+                # What runs ends on the version on which it began.
+                service.go_on.set()
+                assert list(running) == [pb.Token(token_id=2 * version, text="two")]
+                draining.result(60)
+        with listening(run, port) as (door, _):
+            run(door.serve(cast(Any, service)))
+            assert waiting is not None
+            assert waiting.result(60) == [1, 2]
 
 
 def test_what_runs_beyond_its_grace_is_cancelled(run: Run[Any]) -> None:

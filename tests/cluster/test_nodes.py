@@ -22,7 +22,8 @@ from tests.cluster.conftest import poll
 from tests.cluster.processes import BIN, Lines, Sandbox, accepts, free_ports, sandbox
 from tests.cluster.test_service import CONTEXT, LONG_CONTEXT, QUESTION
 
-START_SECONDS = 120.0
+# Ray, a node for each raylet and the service start side by side, on as few cores as there are.
+START_SECONDS = 240.0
 LONG_ANSWER_TOKENS = 200
 AUTOSCALER_COMMANDS = (
     "initialization_commands",
@@ -40,7 +41,8 @@ HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 5000,
-    "health_check_failure_threshold": 2,
+    # A raylet that a busy machine lets wait is not dead.
+    "health_check_failure_threshold": 4,
 }
 
 
@@ -234,6 +236,8 @@ def raylet(node: Any) -> int:
     return int(process.process.pid)
 
 
+# Five nodes of Ray and three starts of workers, one after the other.
+@pytest.mark.timeout(600)
 def test_nodes_are_lost_and_join(text_model: Path) -> None:
     with sandbox() as box, ray_nodes(box) as nodes:
         first, second = (add_node(nodes, number, {"zone": "a"}) for number in (1, 2))
