@@ -10,6 +10,7 @@ import asyncio
 import os
 import uuid
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -22,7 +23,9 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from workers.addresses import address_toward, join_port
 from workers.logs import set_up_logging
-from workers.server import WorkerServer
+
+if TYPE_CHECKING:
+    from workers.server import WorkerServer
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ class WorkerActor:
         self._ended.set()
 
     async def _start(self, name: str) -> str:
+        # Here, since driver, keeper and coordinator only name this class, and need no torch.
+        from workers.server import WorkerServer
+
         options = self._options
         self._files = fingerprint(options.model)
         set_up_logging(options.log_format, worker=name)

@@ -6,10 +6,9 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from homer import MergePlan
 from homer.plan import NodeId
 from homer.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
+from tests.forked import ForkedProgram
 from workers.channels import NO_CREDENTIALS, Credentials
 from workers.plan_wire import write_node, write_plan
 from workers.transport import CHANNEL_OPTIONS
@@ -47,14 +47,14 @@ class WorkerProcess:
     ) -> None:
         self.log = log
         self._credentials = credentials
-        command = [sys.executable, "-m", "workers", "--model", str(model), "--threads", "1"]
-        self.process = subprocess.Popen(
-            [*command, "--device", "cpu", "--dtype", "float32", *options],
-            stdout=subprocess.PIPE,
-            stderr=None if log is None else log.open("w"),
-            text=True,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        )
+        arguments = ["--model", str(model), "--threads", "1", "--device", "cpu"]
+        with nullcontext() if log is None else log.open("w") as stderr:
+            self.process = ForkedProgram(
+                "workers.__main__",
+                [*arguments, "--dtype", "float32", *options],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                stderr=stderr,
+            )
 
     def wait_until_ready(self) -> WorkerProcess:
         """Wait for the line that it prints, and connect to it."""
@@ -92,7 +92,6 @@ class WorkerProcess:
             raise
 
     def _first_line(self) -> str:
-        assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             if not selector.select(START_SECONDS):
