@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.machine import PACKAGE, MachineFacts
+from homer.report import format_bytes
 
 Status = Literal["ok", "warn", "fail"]
 OPEN_FILES_LEAST, OPEN_FILES_GOOD = 1024, 8192
@@ -53,7 +54,9 @@ def check_model_memory(facts: MachineFacts, need_bytes: int, *, cpu: bool) -> Ch
         place, free = "the freest GPU", max(gpu.free_bytes for gpu in facts.gpus)
     else:
         place, free = "main memory", facts.free_memory_bytes
-    found = f"a worker takes about {_gib(need_bytes)}, {place} has {_gib(free)} free"
+    found = (
+        f"a worker takes about {format_bytes(need_bytes)}, {place} has {format_bytes(free)} free"
+    )
     if not free or need_bytes <= free:
         return Check("model memory", "ok", found, host=facts.host)
     return Check(
@@ -156,7 +159,8 @@ def _gpus(facts: MachineFacts) -> Iterator[Check]:
             facts.host,
         )
     for number, gpu in enumerate(facts.gpus):
-        found = f"{gpu.name}, {_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} free; {driver}"
+        free, total = format_bytes(gpu.free_bytes), format_bytes(gpu.total_bytes)
+        found = f"{gpu.name}, {free} of {total} free; {driver}"
         if _has_kernels(gpu.architecture, facts.torch_architectures):
             yield Check(f"GPU {number}", "ok", f"{found}, {built}", host=facts.host)
         else:
@@ -184,12 +188,12 @@ def _has_kernels(architecture: str, built: Sequence[str]) -> bool:
 
 
 def _memory(facts: MachineFacts) -> Check:
-    found = f"{_gib(facts.free_memory_bytes)} of {_gib(facts.memory_bytes)} free, "
+    found = f"{format_bytes(facts.free_memory_bytes)} of {format_bytes(facts.memory_bytes)} free, "
     return Check("memory", "ok", f"{found}{facts.cores} cores", host=facts.host)
 
 
 def _shared(facts: MachineFacts) -> Check:
-    found = f"/dev/shm has {_gib(facts.shared_memory_bytes)}"
+    found = f"/dev/shm has {format_bytes(facts.shared_memory_bytes)}"
     if facts.shared_memory_bytes >= SHARED_MEMORY_GOOD:
         return Check("shared memory", "ok", found, host=facts.host)
     return Check(
@@ -225,7 +229,3 @@ def _disk(facts: MachineFacts) -> Check:
 
 def _version(pair: tuple[int, int] | None) -> str:
     return "?" if pair is None else f"{pair[0]}.{pair[1]}"
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

@@ -85,7 +85,7 @@ def test_a_machine_that_has_all_is_well() -> None:
             "no kernels for sm_70",
             "a build of torch for this GPU",
         ),
-        ({"shared_memory_bytes": 64 << 20}, "warn", "/dev/shm has 0.1 GiB", "--shm-size=2g"),
+        ({"shared_memory_bytes": 64 << 20}, "warn", "/dev/shm has 64.0 MiB", "--shm-size=2g"),
         ({"open_files": 4096}, "warn", "4,096 open files", "ulimit -n 65536"),
         ({"open_files": 256, "open_files_most": 9000}, "fail", "256 open files", "ulimit -n 9000"),
         ({"free_disk_share": 0.02}, "warn", "2% of the disk", "TMPDIR"),
