@@ -17,6 +17,7 @@ from cluster.errors import CapacityError, PeerCallError, WorkerCallError, Worker
 from cluster.job import CacheReady, GenerateDone, TokenOut
 from cluster.members import Member
 from cluster.node_calls import GONE, LONGEST_WAIT_SECONDS, PEER_FAULTS, REFUSED, NodeCalls
+from homer.errors import HomerError
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +55,20 @@ class Answers:
 
         active.answer.add_done_callback(ended)
 
+    def end(self, active: Active, answer: int) -> None:
+        """Have one of several answers decoded no further: it is long enough, the others go on."""
+        member = self._core.members.get(active.run.root_home)
+        if active.answer is not None and member is not None:
+            self._core.keep(self._end(member, active.run.job.request_id, answer))
+
+    async def _end(self, member: Member, request_id: str, answer: int) -> None:
+        try:
+            async with asyncio.timeout(self._core.options.release_timeout_seconds):
+                await member.client.end_answer(request_id, answer)
+        except (HomerError, TimeoutError) as error:
+            # Where the worker does not hear of it, it decodes what nobody reads.
+            _log.info("%s: answer %d goes on on %s: %r", request_id, answer, member.name, error)
+
     def worker_lost(self, active: Active, name: str) -> None:
         """A worker is gone: see whether the answer can go on without it."""
         answer, run = active.answer, active.run
@@ -79,7 +94,10 @@ class Answers:
             for name in sorted(run.homes() - {member.name})
             if (home := core.members.get(name))
         ]
-        delivered = [tokens[:] for tokens in active.delivered]
+        delivered = [
+            None if number in active.finish_reasons else tokens[:]
+            for number, tokens in enumerate(active.delivered)
+        ]
         events = member.client.generate(job, active.answer_attempt, shards, delivered)
         cache: CacheReady | None = None
         async with aclosing(core.heard(member, events)) as heard:

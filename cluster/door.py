@@ -45,6 +45,8 @@ _log = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LongContext"].full_name
 STOP_GRACE_SECONDS = 5.0
+# How often health looks whether there are workers.
+LOOK_SECONDS = 1.0
 OPEN = Security()
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -198,6 +200,7 @@ class GrpcDoor:
         self._door: LongContextDoor | None = None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
+        self._looking: asyncio.Task[None] | None = None
 
     async def listen(self) -> int:
         """Answer calls, if only to say that the model is being loaded; returns the bound port.
@@ -249,10 +252,23 @@ class GrpcDoor:
         """Take requests for `service` from now on."""
         assert self._door is not None
         self._door.service = service
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._tell_health(service)
+        self._looking = asyncio.create_task(self._look_after(service))
+
+    async def _look_after(self, service: LongContextService) -> None:
+        """Health says whether there is anybody who could answer, for as long as this runs."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            await self._tell_health(service)
+
+    async def _tell_health(self, service: LongContextService) -> None:
+        status, deserted = health_pb2.HealthCheckResponse, service.scheduler.deserted
+        await self._set_health(status.NOT_SERVING if deserted else status.SERVING)
 
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new requests, and give running ones `grace_seconds`; health says NOT_SERVING."""
+        if self._looking is not None:
+            self._looking.cancel()
         if self._door is not None:
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             if not await self._door.drain(grace_seconds):

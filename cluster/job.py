@@ -311,12 +311,16 @@ class WorkerClient(Protocol):
         job: Job,
         attempt: int,
         shard_addresses: Sequence[str],
-        delivered: Sequence[Sequence[int]] = (),
+        delivered: Sequence[Sequence[int] | None] = (),
     ) -> AsyncIterator[GenerateEvent]:
         """Answer; of each answer the `delivered` tokens are taken as given, and only others come.
 
-        A `GenerateDone` for each answer.
+        A `GenerateDone` for each answer. Of one that has ended (None) nothing is wanted or said.
         """
+        ...
+
+    async def end_answer(self, request_id: str, answer: int) -> None:
+        """Decode an answer no further; nothing is said of it any more."""
         ...
 
     async def drop(self, request_id: str, node: NodeId, attempt: int) -> None:

@@ -20,18 +20,13 @@ from cluster.answers import Answers
 from cluster.core import Core
 from cluster.cut import cut_plan
 from cluster.dispatch import Dispatcher
-from cluster.errors import (
-    CapacityError,
-    NoWorkersError,
-    OverloadedError,
-    RequestAbortedError,
-    WorkerLostError,
-)
+from cluster.errors import OverloadedError, RequestAbortedError, WorkerLostError
 from cluster.heartbeat import Heartbeat
 from cluster.job import Job, JobEvent, JobSummary, Outcome, SchedulerLoad, WorkerClient
 from cluster.members import Member
 from cluster.node_calls import NodeCalls
 from cluster.observer import Observer
+from cluster.patience import Patience
 from cluster.run import JobRun
 from cluster.scheduler_options import SchedulerOptions
 from homer.errors import HomerError, PromptError
@@ -40,8 +35,6 @@ from homer.plan import MergePlan
 _log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
-# How long nothing may get on for want of memory before a request has to give way.
-STUCK_SECONDS = 10.0
 
 
 class Scheduler:
@@ -78,10 +71,10 @@ class Scheduler:
         self._nodes = NodeCalls(core, self._admission)
         self._answers = Answers(core, self._nodes)
         self._dispatcher = Dispatcher(core, self._nodes, self._answers)
+        self._patience = Patience(core)
         core.changed, core.has_room = self._dispatcher.changed, self._dispatcher.fill
         core.suspect, core.lose_worker = self._heartbeat.suspect, self.lose_worker
         core.restart = self._restart
-        self._no_worker_since: float | None = None
         self._ticker: asyncio.Task[None] | None = None
         for worker in workers:
             self.add_worker(worker)
@@ -115,6 +108,11 @@ class Scheduler:
             growing_jobs=len(self._admission.growing),
         )
 
+    @property
+    def deserted(self) -> bool:
+        """Whether requests are given up for want of a worker, those that come now included."""
+        return self._patience.deserted
+
     def expect_workers(self, most: int) -> None:
         """So many workers there could be: what needs more than there are waits for them."""
         self._admission.most_workers = most
@@ -139,6 +137,7 @@ class Scheduler:
         self._members.add(member)
         self._heartbeat.watch(member, self._admit)
         self._admission.worker_joined(self._core.now())
+        self._patience.worker_joined()
         self.observer.worker_joined(client.name)
         self._admit()
         self._dispatcher.fill(member)
@@ -242,6 +241,8 @@ class Scheduler:
             return
         if active.answer_ended(answer, "stop"):
             active.events.put_nowait(active.summary(active.cache, self._core.now()))
+        else:
+            self._answers.end(active, answer)
 
     def abort(self, request_id: str, error: RequestAbortedError) -> None:
         """End a job, wherever it is, with `error`; nothing where it does not run."""
@@ -352,49 +353,5 @@ class Scheduler:
             self._admit()
             self._dispatcher.offer_adrift()
             self._dispatcher.use_idle()
-            self._check_workers()
-            self._check_memory()
-
-    def _check_workers(self) -> None:
-        """Give requests up for which no worker is left."""
-        now, limit = self._core.now(), self.options.no_worker_timeout_seconds
-        if self._members.has_full:
-            self._no_worker_since = None
-            return
-        leaves_only = " that has all layers" if len(self._members) else ""
-        self._no_worker_since = self._no_worker_since or now
-        for active in self._actives.values():
-            since = max(self._no_worker_since, active.times.submitted)
-            if now - since >= limit and active.answer is None and not active.ending:
-                active.fail(
-                    NoWorkersError(
-                        f"no worker{leaves_only} is left, and none came in {limit:g} seconds", limit
-                    )
-                )
-
-    def _check_memory(self) -> None:
-        """Let a request give way when none gets on because each has taken the others' memory."""
-        now = self._core.now()
-        actives = [active for active in self._actives.values() if active.open]
-        tries = [attempt for active in actives for attempt in active.run.tries.values()]
-        if (
-            not any(active.refused_since(now - STUCK_SECONDS) for active in actives)
-            or now - self._core.last_progress < STUCK_SECONDS
-            or any(active.answer for active in actives)
-            or any(now - attempt.started > STUCK_SECONDS for attempt in tries)
-        ):
-            return
-        self._core.last_progress = now
-        started = [active for active in actives if active.run.touched]
-        if len(started) > 1:
-            youngest = max(started, key=lambda a: (-a.job.priority, a.times.submitted))
-            youngest.yields_to = {a.request_id for a in started if a is not youngest}
-            self._restart(youngest)
-        elif started:
-            started[0].fail(
-                CapacityError(
-                    "no worker has the memory for the next part of this request, and no other "
-                    "request holds any: use smaller chunks (max_chunk_len), or raise "
-                    "--memory-budget"
-                )
-            )
+            self._patience.check_workers()
+            self._patience.check_memory()

@@ -172,14 +172,16 @@ class GrpcWorkerClient:
         job: Job,
         attempt: int,
         shard_addresses: Sequence[str],
-        delivered: Sequence[Sequence[int]] = (),
+        delivered: Sequence[Sequence[int] | None] = (),
     ) -> AsyncIterator[GenerateEvent]:
         request = worker_pb2.GenerateTokensRequest(
             request=request_spec(job),
             node=write_node(job.plan.root.id),
             attempt=attempt,
             shard_addresses=shard_addresses,
-            delivered=[worker_pb2.DeliveredTokens(token_ids=ids) for ids in delivered],
+            delivered=[
+                worker_pb2.DeliveredTokens(token_ids=ids, ended=ids is None) for ids in delivered
+            ],
             sampling=wire_sampling(job.sampling, job.answers),
         )
         with self._errors():
@@ -208,6 +210,11 @@ class GrpcWorkerClient:
                             started_unix_seconds=event.summary.started_unix_seconds,
                             answer=event.summary.answer,
                         )
+
+    async def end_answer(self, request_id: str, answer: int) -> None:
+        request = worker_pb2.EndAnswerRequest(request_id=request_id, answer=answer)
+        with self._errors():
+            await self._stub.EndAnswer(request)
 
     async def drop(self, request_id: str, node: NodeId, attempt: int) -> None:
         request = worker_pb2.DropRequest(

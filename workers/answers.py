@@ -48,25 +48,36 @@ class Answering:
         held: HeldRequest,
         addresses: Sequence[str],
         params: SamplingParams,
-        count: int,
-        delivered: Sequence[Sequence[int]],
+        delivered: Sequence[Sequence[int] | None],
         emit: Emit,
     ) -> None:
-        """Gather the final cache, once per request, and decode `count` answers from it.
+        """Gather the final cache, once per request, and decode answers from it.
 
-        What was `delivered` of them already is decoded again, but not emitted.
+        What was `delivered` of each already is decoded again, but not emitted; one that has ended
+        (None) is left out. An answer whose task in `held.decoding` is cancelled ends there; the
+        others go on.
         """
         ready = await self._cache_ready(held, addresses, params.max_new_tokens)
         emit(worker_pb2.GenerateTokensResponse(cache_ready=ready.message))
-        copies = (count - 1) * ready.context.nbytes
-        what = f"{count} answers of up to {params.max_new_tokens} tokens"
-        with self.budget.reserve(copies, what) if copies else nullcontext():
+        wanted = {number: known for number, known in enumerate(delivered) if known is not None}
+        # All but the first have a copy of the cache.
+        copy = ready.context.nbytes
+        copies = copy * len(wanted.keys() - {0})
+        what = f"{len(wanted)} answers of up to {params.max_new_tokens} tokens"
+        with self.budget.reserve(copies, what) if copies else nullcontext() as room:
+
+            async def decode(number: int, known: Sequence[int]) -> None:
+                own = params.for_answer(number)
+                try:
+                    await self._decode(ready.context, own, number, known, emit)
+                finally:
+                    if number and room is not None:
+                        room.give_back(copy)
+
             try:
                 async with asyncio.TaskGroup() as answers:
-                    for number in range(count):
-                        known = delivered[number] if number < len(delivered) else ()
-                        own = params.for_answer(number)
-                        answers.create_task(self._decode(ready.context, own, number, known, emit))
+                    for number, known in wanted.items():
+                        held.decoding[number] = answers.create_task(decode(number, known))
             except ExceptionGroup as failed:
                 raise failed.exceptions[0] from None
 

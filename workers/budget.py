@@ -65,6 +65,20 @@ def automatic_bytes(memory: DeviceMemory, share: float = 1.0) -> int:
     return int(AUTO_PART * min(room, share * memory.free_bytes))
 
 
+class Reserved:
+    """What work has taken; it may give back parts of it before it ends."""
+
+    def __init__(self, budget: Budget, nbytes: int) -> None:
+        self._budget = budget
+        self.nbytes = nbytes
+        budget.reserved_bytes += nbytes
+
+    def give_back(self, nbytes: int) -> None:
+        """Let others have `nbytes` of it."""
+        self.nbytes -= nbytes
+        self._budget.reserved_bytes -= nbytes
+
+
 class Budget:
     """What all requests of a worker together may take.
 
@@ -89,7 +103,7 @@ class Budget:
         return max(0, self.total_bytes - self._held() - self.reserved_bytes)
 
     @contextmanager
-    def reserve(self, need_bytes: int, what: str, spare_bytes: int = 0) -> Iterator[None]:
+    def reserve(self, need_bytes: int, what: str, spare_bytes: int = 0) -> Iterator[Reserved]:
         """Take `need_bytes` for work inside the block, and leave `spare_bytes` free beside it.
 
         Raises
@@ -114,11 +128,11 @@ class Budget:
                 f"{_mib(self.total_bytes)} {_mib(held)} are held and {_mib(self.reserved_bytes)} "
                 f"reserved; {advice}"
             )
-        self.reserved_bytes += need_bytes
+        reserved = Reserved(self, need_bytes)
         try:
-            yield
+            yield reserved
         finally:
-            self.reserved_bytes -= need_bytes
+            reserved.give_back(reserved.nbytes)
 
 
 def _mib(count: int) -> str:

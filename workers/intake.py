@@ -57,24 +57,25 @@ def open_node(
 
 def read_delivered(
     request: worker_pb2.GenerateTokensRequest, count: int, max_new_tokens: int, stack: LayerStack
-) -> tuple[tuple[int, ...], ...]:
-    """The beginnings of `count` answers that their callers have.
+) -> tuple[tuple[int, ...] | None, ...]:
+    """The beginnings of `count` answers that their callers have; None for those that have ended.
 
     Raises
     ------
     PromptError
         When there are more of them than answers, or they are no answers of this model.
     """
-    delivered = tuple(tuple(answer.token_ids) for answer in request.delivered)
-    if len(delivered) > count:
-        raise PromptError(f"there are {count} answers, but {len(delivered)} had begun")
-    for ids in delivered:
+    begun = request.delivered
+    if len(begun) > count:
+        raise PromptError(f"there are {count} answers, but {len(begun)} had begun")
+    delivered = [None if answer.ended else tuple(answer.token_ids) for answer in begun]
+    for ids in filter(None, delivered):
         stack.check_ids("delivered", torch.tensor(ids, dtype=torch.int64))
         if len(ids) > max_new_tokens:
             raise PromptError(
                 f"an answer may have {max_new_tokens} tokens, but {len(ids)} were delivered already"
             )
-    return delivered
+    return (*delivered, *[()] * (count - len(begun)))
 
 
 def make_encoder(model: LoadedModel, spec: worker_pb2.RequestSpec) -> TreeEncoder:

@@ -201,8 +201,8 @@ class WorkerServicer:
             work = partial(self._worker.merge, held, node.id, addresses)
             following = follow_job(self._store, held, "node", node.id, request.attempt, work)
             async with aclosing(following) as job:
-                return [event async for event in job][-1]
-        raise AssertionError("unreachable: a call that fails is aborted")
+                events = [event async for event in job]
+        return events[-1]
 
     async def GenerateTokens(  # noqa: N802
         self, request: worker_pb2.GenerateTokensRequest, context: Context
@@ -218,13 +218,20 @@ class WorkerServicer:
             addresses = list(request.shard_addresses)
             count = max(1, request.sampling.n)
             delivered = read_delivered(request, count, params.max_new_tokens, self._stack)
-            work = partial(self._answering.generate, held, addresses, params, count, delivered)
+            work = partial(self._answering.generate, held, addresses, params, delivered)
             following = follow_job(
-                self._store, held, "answer", node.id, request.attempt, work, (count, delivered)
+                self._store, held, "answer", node.id, request.attempt, work, delivered
             )
             async with aclosing(following) as job:
                 async for event in job:
                     yield event
+
+    async def EndAnswer(  # noqa: N802
+        self, request: worker_pb2.EndAnswerRequest, context: Context
+    ) -> worker_pb2.EndAnswerResponse:
+        async with self._call(context):
+            self._store.get(request.request_id).end_answer(request.answer)
+        return worker_pb2.EndAnswerResponse()
 
     async def FetchState(  # noqa: N802
         self, request: worker_pb2.FetchStateRequest, context: Context
@@ -268,8 +275,7 @@ class WorkerServicer:
                 )
             kept = self._indices(request.context_indices)
             freed = await self._worker.prune(held, node.id, kept)
-            return worker_pb2.PruneResponse(freed_bytes=freed)
-        raise AssertionError("unreachable: a call that fails is aborted")
+        return worker_pb2.PruneResponse(freed_bytes=freed)
 
     async def Drop(  # noqa: N802
         self, request: worker_pb2.DropRequest, context: Context

@@ -5,6 +5,7 @@ Counts its bytes. Knows nothing about gRPC, and runs nothing.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -32,6 +33,7 @@ class HeldRequest:
     is released, so that a merge above them can be run again. They are small beside the KV rows.
     `shards` are the KV rows, by the node that they were made for: of a subtree all that was made
     in it, of a merge only those of its own layers. So each can be made again, or forgotten, alone.
+    `decoding` are the tasks that decode its answers, by their numbers.
     `dropped` says up to which attempt the work of a node is not wanted any more, `touched` when a
     call was last about the request.
     """
@@ -42,6 +44,7 @@ class HeldRequest:
     shards: dict[NodeId, list[KVShard]] = field(default_factory=dict)
     context: CompressedContext | None = None
     jobs: dict[tuple[str, NodeId], Job[Any]] = field(default_factory=dict)
+    decoding: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     dropped: dict[NodeId, int] = field(default_factory=dict)
     touched: float = 0.0
 
@@ -95,6 +98,11 @@ class HeldRequest:
     def snapshot(self) -> list[KVShard]:
         """All shards as they are now, whatever happens to them later."""
         return [shard.copy() for shard in self.all_shards()]
+
+    def end_answer(self, number: int) -> None:
+        """Decode an answer no further; nothing where that is not done."""
+        if number in self.decoding:
+            self.decoding[number].cancel()
 
     @property
     def is_empty(self) -> bool:

@@ -132,7 +132,7 @@ class SimWorker:
         job: Job,
         attempt: int,
         shard_addresses: Sequence[str],
-        delivered: Sequence[Sequence[int]] = (),
+        delivered: Sequence[Sequence[int] | None] = (),
     ) -> AsyncIterator[GenerateEvent]:
         async def work(emit: Callable[[GenerateEvent], None]) -> None:
             plan, costs = job.plan, self._pool.costs
@@ -149,7 +149,7 @@ class SimWorker:
             ended = loop.time() - started
             kept = range(plan.root.context_out)
             emit(CacheReady(plan.kept_len, gathered, ended - gathered, received, kept))
-            given, decoding = len(delivered[0]) if delivered else 0, loop.time()
+            given, decoding = len(delivered[0] or ()) if delivered else 0, loop.time()
             for token in range(job.sampling.max_new_tokens):
                 # The first token comes from the cache's own logits.
                 await self._run(costs.decode_seconds(plan) if token else 0.0)
@@ -161,6 +161,9 @@ class SimWorker:
         async with aclosing(cast(Any, self._follow(work))) as events:
             async for event in events:
                 yield event
+
+    async def end_answer(self, request_id: str, answer: int) -> None:
+        await self._small_call()
 
     async def prune(
         self, job: Job, node: NodeId, attempt: int, context_indices: Sequence[int]

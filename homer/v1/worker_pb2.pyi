@@ -176,10 +176,12 @@ class GenerateTokensRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[RequestSpec, _Mapping]] = ..., node: _Optional[_Union[NodeId, _Mapping]] = ..., attempt: _Optional[int] = ..., shard_addresses: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., delivered: _Optional[_Iterable[_Union[DeliveredTokens, _Mapping]]] = ...) -> None: ...
 
 class DeliveredTokens(_message.Message):
-    __slots__ = ("token_ids",)
+    __slots__ = ("token_ids", "ended")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    ended: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., ended: _Optional[bool] = ...) -> None: ...
 
 class GenerateTokensResponse(_message.Message):
     __slots__ = ("cache_ready", "token", "summary")
@@ -232,6 +234,18 @@ class GenerateTokensSummary(_message.Message):
     started_unix_seconds: float
     answer: int
     def __init__(self, generated_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., decode_seconds: _Optional[float] = ..., started_unix_seconds: _Optional[float] = ..., answer: _Optional[int] = ...) -> None: ...
+
+class EndAnswerRequest(_message.Message):
+    __slots__ = ("request_id", "answer")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    answer: int
+    def __init__(self, request_id: _Optional[str] = ..., answer: _Optional[int] = ...) -> None: ...
+
+class EndAnswerResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class PruneRequest(_message.Message):
     __slots__ = ("request_id", "node", "attempt", "context_indices", "context_start", "context_end")

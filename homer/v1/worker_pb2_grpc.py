@@ -68,6 +68,11 @@ class WorkerStub:
                 request_serializer=homer_dot_v1_dot_worker__pb2.GenerateTokensRequest.SerializeToString,
                 response_deserializer=homer_dot_v1_dot_worker__pb2.GenerateTokensResponse.FromString,
                 _registered_method=True)
+        self.EndAnswer = channel.unary_unary(
+                '/homer.v1.Worker/EndAnswer',
+                request_serializer=homer_dot_v1_dot_worker__pb2.EndAnswerRequest.SerializeToString,
+                response_deserializer=homer_dot_v1_dot_worker__pb2.EndAnswerResponse.FromString,
+                _registered_method=True)
         self.Prune = channel.unary_unary(
                 '/homer.v1.Worker/Prune',
                 request_serializer=homer_dot_v1_dot_worker__pb2.PruneRequest.SerializeToString,
@@ -152,6 +157,14 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EndAnswer(self, request, context):
+        """Decodes one of several answers no further, for a stop string has ended it: what it took is free for
+        others. Nothing more is said of it. Nothing happens where it is not decoded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Prune(self, request, context):
         """Drops the rows of KV shards below a finished merge that did not survive it.
         """
@@ -226,6 +239,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.GenerateTokens,
                     request_deserializer=homer_dot_v1_dot_worker__pb2.GenerateTokensRequest.FromString,
                     response_serializer=homer_dot_v1_dot_worker__pb2.GenerateTokensResponse.SerializeToString,
+            ),
+            'EndAnswer': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndAnswer,
+                    request_deserializer=homer_dot_v1_dot_worker__pb2.EndAnswerRequest.FromString,
+                    response_serializer=homer_dot_v1_dot_worker__pb2.EndAnswerResponse.SerializeToString,
             ),
             'Prune': grpc.unary_unary_rpc_method_handler(
                     servicer.Prune,
@@ -401,6 +419,33 @@ class Worker:
             '/homer.v1.Worker/GenerateTokens',
             homer_dot_v1_dot_worker__pb2.GenerateTokensRequest.SerializeToString,
             homer_dot_v1_dot_worker__pb2.GenerateTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndAnswer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/homer.v1.Worker/EndAnswer',
+            homer_dot_v1_dot_worker__pb2.EndAnswerRequest.SerializeToString,
+            homer_dot_v1_dot_worker__pb2.EndAnswerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -76,6 +76,8 @@ class Held:
     rows: dict[NodeId, set[tuple[int, int]]] = field(default_factory=dict)
     jobs: dict[NodeId, tuple[int, asyncio.Task[Any]]] = field(default_factory=dict)
     dropped: dict[NodeId, int] = field(default_factory=dict)
+    # Answers of which nothing more is wanted.
+    ended: set[int] = field(default_factory=set)
 
     def forget(self, node: NodeId) -> None:
         self.states.pop(node, None)
@@ -104,6 +106,8 @@ class FakeWorker:
         self.decoding = 0
         self.busy_seconds = 0.0
         self.received = 0
+        # Tokens, those that were delivered before included.
+        self.decoded = 0
         self.fail: dict[str, list[Exception]] = {}
         self.cut_off_from: set[str] = set()
         self.budget_rows: int | None = None
@@ -322,7 +326,7 @@ class FakeWorker:
         job: Job,
         attempt: int,
         shard_addresses: Sequence[str],
-        delivered: Sequence[Sequence[int]] = (),
+        delivered: Sequence[Sequence[int] | None] = (),
     ) -> AsyncIterator[GenerateEvent]:
         held = self._begin(job, "generate", job.plan.root.id)
         if job.plan.root.id not in held.states:
@@ -336,14 +340,18 @@ class FakeWorker:
                 raise WorkerCallError("rows do not match", "FAILED_PRECONDITION")
             yield CacheReady(job.plan.kept_len, 0.0, 0.0, 0, kept)
             known = [*delivered, *[()] * (job.answers - len(delivered))]
+            held.ended = {answer for answer, tokens in enumerate(known) if tokens is None}
             for place in range(job.sampling.max_new_tokens):
                 await self._answer(self._step(4))
                 for answer, tokens in enumerate(known):
+                    if answer in held.ended or tokens is None:
+                        continue
+                    self.decoded += 1
                     if place < len(tokens):
                         assert tokens[place] == token_at(place, kept)
                     else:
                         yield TokenOut(token_at(place, kept), answer)
-            for answer in range(job.answers):
+            for answer in set(range(job.answers)) - held.ended:
                 yield GenerateDone(job.sampling.max_new_tokens, "length", 0.0, answer=answer)
         finally:
             self.decoding -= 1
@@ -358,6 +366,14 @@ class FakeWorker:
                 raise PeerCallError("unknown request", "NOT_FOUND", address)
             rows += [entry for entry in peer.held[job.request_id].all_rows() if entry[1] in kept]
         return rows
+
+    async def end_answer(self, request_id: str, answer: int) -> None:
+        async def work() -> None:
+            await asyncio.sleep(self.rng.uniform(0, 0.1))
+            if held := self.held.get(request_id):
+                held.ended.add(answer)
+
+        await self._answer(work())
 
     async def drop(self, request_id: str, node: NodeId, attempt: int) -> None:
         async def work() -> None:

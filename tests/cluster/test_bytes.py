@@ -77,7 +77,7 @@ class EvenWorker(LightWorker):
         job: Job,
         attempt: int,
         shard_addresses: Sequence[str],
-        delivered: Sequence[Sequence[int]] = (),
+        delivered: Sequence[Sequence[int] | None] = (),
     ) -> AsyncIterator[GenerateEvent]:
         kept, length = job.plan.root.context_out, job.plan.context_len
         indices = [place * length // kept for place in range(kept)]

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -21,11 +22,15 @@ from cluster import retry
 from cluster.client import HomerClient
 from cluster.door import GrpcDoor
 from cluster.errors import ServiceError
+from cluster.scheduler import Scheduler
+from cluster.scheduler_options import SchedulerOptions
 from cluster.seeing import Seeing
-from cluster.service import Limits, TokenText
+from cluster.service import Limits, LongContextService, TokenText
+from homer import HomerConfig
 from homer.v1 import long_context_pb2 as pb
 from homer.v1 import long_context_pb2_grpc
 from tests.cluster.conftest import Run, poll
+from tests.cluster.fakes import FakeWorker, make_pool
 from tests.cluster.processes import free_ports
 from tests.cluster.test_retries import Script, answer, served
 
@@ -40,6 +45,7 @@ class Slow:
     def __init__(self, version: int = 1) -> None:
         self.version = version
         self.seeing = Seeing()
+        self.scheduler = SimpleNamespace(deserted=False)
         self.go_on = threading.Event()
         self.cancelled = False
 
@@ -176,6 +182,43 @@ def test_another_version_takes_over_the_address_and_the_first_takes_it_back(
             run(door.serve(cast(Any, service)))
             assert waiting is not None
             assert waiting.result(60) == [1, 2]
+
+
+def test_health_says_that_all_workers_are_lost_and_that_one_is_back(
+    run: Run[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.door.LOOK_SECONDS", 0.02)
+
+    async def service_on(pool: list[FakeWorker]) -> LongContextService:
+        scheduler = Scheduler(pool, options=SchedulerOptions(no_worker_timeout_seconds=0.1))
+        info = await pool[0].info()
+        config = HomerConfig(max_chunk_len=16, target_len=12, warmup_layers=1)
+        return LongContextService(scheduler, info, config, None, Limits())
+
+    async def lose(service: LongContextService, name: str) -> None:
+        service.scheduler.lose_worker(name, "it died")
+
+    async def join(service: LongContextService, *worker: Any) -> None:
+        service.scheduler.add_worker(*worker)
+
+    pool = make_pool(4)
+    with listening(run) as (door, address), grpc.insecure_channel(address) as channel:
+        watching = Watching(channel)
+        watching.wait_for(NOT_SERVING)
+        service = run(service_on(pool[:2]))
+        run(door.serve(service))
+        watching.wait_for(NOT_SERVING, SERVING)
+        run(lose(service, "worker-0"))
+        # One is left; and then only one that has not all layers, which answers nothing.
+        run(join(service, pool[2], 1))
+        run(lose(service, "worker-1"))
+        watching.wait_for(NOT_SERVING, SERVING, NOT_SERVING)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        assert stub.Check(health_pb2.HealthCheckRequest()).status == NOT_SERVING
+        run(join(service, pool[3]))
+        watching.wait_for(NOT_SERVING, SERVING, NOT_SERVING, SERVING)
+        watching.end()
+    run(service.scheduler.close())
 
 
 def test_what_runs_beyond_its_grace_is_cancelled(run: Run[Any]) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -37,6 +38,7 @@ class Talking:
     def __init__(self, **limits: Any) -> None:
         self.limits = Limits(**limits)
         self.seeing = Seeing()
+        self.scheduler = SimpleNamespace(deserted=False)
         self.listeners = 0
 
     async def generate(self, request: Any) -> AsyncIterator[Any]:

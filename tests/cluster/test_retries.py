@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -173,6 +174,7 @@ def test_the_door_says_when_to_ask_again(
     class Failing:
         limits = Limits()
         seeing = Seeing()
+        scheduler = SimpleNamespace(deserted=False)
 
         async def generate(self, request: Any) -> AsyncIterator[Any]:
             raise error

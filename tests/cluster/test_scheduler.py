@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import chain
 from typing import Any, cast
 
@@ -155,6 +156,35 @@ def test_closing_early_releases_everything(after: int) -> None:
         await assert_nothing_left(scheduler, pool)
 
     run_virtual(work())
+
+
+def test_an_answer_that_is_stopped_is_decoded_no_further_and_not_begun_again() -> None:
+    async def run() -> None:
+        pool = make_pool(2)
+        scheduler = Scheduler(pool)
+        job = replace(make_job(200), answers=2)
+        told: list[list[int]] = [[], []]
+        async with events_of(scheduler, job) as events:
+            async for event in events:
+                if isinstance(event, TokenOut):
+                    told[event.answer].append(event.token_id)
+                if isinstance(event, TokenOut) and list(map(len, told)) == [3, 3]:
+                    scheduler.stop_answer(job.request_id, 1)
+                if isinstance(event, TokenOut) and len(told[0]) == 10 and len(told[1]) < 10:
+                    (answering,) = (worker for worker in pool if worker.decoding)
+                    answering.kill()
+        assert isinstance(event, JobSummary)
+        assert event.finish_reasons == ["length", "stop"]
+        expected = expected_tokens(job)
+        assert told[0] == expected
+        assert told[1] == expected[: len(told[1])]
+        first, second = sorted(worker.decoded for worker in pool)
+        assert first == 10 + len(told[1]) < 16
+        # The other worker goes on with the one answer, whose beginning it decodes again.
+        assert second == job.sampling.max_new_tokens
+        await assert_nothing_left(scheduler, pool)
+
+    run_virtual(run())
 
 
 def test_cancelling_a_waiting_task_releases_everything() -> None:

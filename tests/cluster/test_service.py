@@ -325,6 +325,22 @@ def test_several_answers_come_from_one_tree(service: HomerClient) -> None:
     assert_nothing_held(service)
 
 
+def test_an_answer_that_a_stop_string_ended_is_decoded_no_further(service: HomerClient) -> None:
+    def decoded() -> int:
+        return sum(worker.generated_tokens for worker in service.server_info().workers)
+
+    sampling: dict[str, Any] = {"max_tokens": 300, "temperature": 1.5, "seed": 7, "n": 2}
+    first, second = answer(service, **ASK, sampling={**sampling, "ignore_eos": True})[1].answers
+    starts = range(len(second.text) - 2)
+    stop = next(s for at in starts if (s := second.text[at : at + 3]) not in first.text)
+    before = decoded()
+    cut = answer(service, **ASK, sampling={**sampling, "ignore_eos": True, "stop": [stop]})[1]
+    assert cut.answers[1].text == second.text.split(stop)[0]
+    assert cut.answers[0].generated_tokens == 300
+    # What was on its way when the service said so is all that was made in vain.
+    assert 300 < decoded() - before < 300 + 150
+
+
 def test_logprobs_are_the_models_own(
     service: HomerClient, local: tuple[HomerModel, PromptTokenizer]
 ) -> None:

@@ -26,7 +26,7 @@ from tests.workers.processes import (
     running_workers,
 )
 from tests.workers.test_across import local_model, plan_of
-from tests.workers.test_calls import LEAF, PARENT, fetch, refusal, run_subtree
+from tests.workers.test_calls import ENDLESS_TOKENS, LEAF, PARENT, fetch, refusal, run_subtree
 
 TOKENS = 10
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "seed": 5}
@@ -359,6 +359,49 @@ def test_several_answers_go_on_where_they_were_cut_off(
     code, message = refusal(lambda: answers(3, [[]] * 4))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "4 had begun" in message
+
+
+def test_one_of_several_answers_is_ended_alone(
+    workers: list[WorkerProcess], prompt: Prompt
+) -> None:
+    worker = workers[0]
+    run_subtree(worker, prompt.subtree(prompt.plan.root.id))
+
+    def answers(attempt: int, max_tokens: int, *ended: bool) -> Iterator[tuple[int, int]]:
+        """Which answer each token is of, and the token."""
+        request = prompt.generate([], max_tokens, attempt, **SAMPLING, n=3)
+        request.ClearField("delivered")
+        request.delivered.extend(worker_pb2.DeliveredTokens(ended=one) for one in ended)
+        for event in worker.stub.GenerateTokens(request, timeout=CALL_SECONDS):
+            if event.HasField("token"):
+                yield event.token.answer, event.token.token_id
+
+    def end(number: int) -> None:
+        request = worker_pb2.EndAnswerRequest(request_id=prompt.request_id, answer=number)
+        worker.stub.EndAnswer(request, timeout=CALL_SECONDS)
+
+    told: list[list[int]] = [[], [], []]
+    copies = 0
+    # Far more tokens than there is time for: the answers have to be ended.
+    for number, token in answers(0, ENDLESS_TOKENS):
+        told[number].append(token)
+        if min(map(len, told)) >= TOKENS and not copies:
+            copies = worker.stats().reserved_bytes
+            end(1)
+            one = copies // 2
+            eventually(lambda one=one: worker.stats().reserved_bytes == one)  # type: ignore[misc]
+            for again in (1, 0, 2):
+                end(again)
+    assert worker.stats().reserved_bytes == 0 < copies
+    assert max(map(len, told)) < ENDLESS_TOKENS
+    # What has ended is not begun again.
+    kept: list[list[int]] = [[], [], []]
+    for number, token in answers(1, TOKENS, False, True):
+        kept[number].append(token)
+    assert kept == [told[0][:TOKENS], [], told[2][:TOKENS]]
+    request = worker_pb2.EndAnswerRequest(request_id="nobody's")
+    code, _ = refusal(lambda: worker.stub.EndAnswer(request, timeout=CALL_SECONDS))
+    assert code is grpc.StatusCode.NOT_FOUND
 
 
 def test_nodes_say_when_they_began(workers: list[WorkerProcess], prompt: Prompt) -> None:
