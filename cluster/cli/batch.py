@@ -14,13 +14,10 @@ import typer
 
 from cluster.batch.options import BatchOptions
 from cluster.cli import settings
-from cluster.cli.connection import Connection, asks_a_service
+from cluster.cli.asked import Asked, asks
+from cluster.cli.connection import Connection
 from cluster.cli.exit_codes import ExitCode
-from cluster.cli.generate import start_service
-from cluster.cli.load_settings import loads_a_model
-from cluster.cli.settings import DEFAULTS
 from homer.errors import HomerError
-from homer.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from cluster.batch.run import Batch, Counts
@@ -28,13 +25,9 @@ if TYPE_CHECKING:
 _OPENAI = "Lines in OpenAI's format"
 
 
-@loads_a_model(device=False)
-@asks_a_service
+@asks
 def batch(
     *,
-    load: LoadOptions,
-    connection: Connection,
-    command: typer.Context,
     input: Annotated[
         str,
         typer.Option(
@@ -47,13 +40,6 @@ def batch(
     errors: Annotated[
         Path | None,
         typer.Option(help="Lines that failed; OUTPUT with .errors in its name by default."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Model folder in Hugging Face format, or a model id; not with --server."),
-    ] = None,
-    server: Annotated[
-        str | None, typer.Option(help="A running service (host:port) instead of a cluster here.")
     ] = None,
     concurrency: Annotated[
         int, typer.Option(help="Lines asked at once, while the service takes as many.", min=1)
@@ -78,19 +64,12 @@ def batch(
             rich_help_panel=_OPENAI,
         ),
     ] = "",
-    workers: settings.Workers = DEFAULTS.workers,
-    cpu: settings.Cpu = DEFAULTS.cpu,
-    threads: settings.Threads = DEFAULTS.threads,
-    address: settings.Address = None,
-    bias: settings.Bias = DEFAULTS.bias,
-    memory_budget: settings.MemoryBudget = DEFAULTS.memory_budget,
-    placement_timeout: settings.PlacementTimeout = DEFAULTS.placement_timeout_seconds,
+    asked: Asked,
 ) -> None:
     """Answer the questions of a file, on a service or on a cluster of its own: docs/batch.md.
 
     What was stopped goes on when it is run again. Exit code 4: lines failed.
     """
-    model, server = settings.model_or_server(command, model, server)
     from cluster.batch.run import Batch
     from cluster.cli.batch_view import BatchProgress
 
@@ -111,22 +90,9 @@ def batch(
         run = stack.enter_context(Batch(options, view))
         counts = run.counts
         try:
-            if model is not None and counts.left:
-                view.note(f"starting {workers} worker(s) …")
-                server = start_service(
-                    stack,
-                    address,
-                    model=model,
-                    workers=workers,
-                    cpu=cpu,
-                    threads=threads,
-                    load=load,
-                    bias=bias,
-                    memory_budget=memory_budget,
-                    placement_timeout_seconds=placement_timeout,
-                )
-                connection = Connection()
-            asyncio.run(_ask_all(run, server or "", connection))
+            if counts.left:
+                server, connection = stack.enter_context(asked.reached(view.note))
+                asyncio.run(_ask_all(run, server, connection))
         except KeyboardInterrupt:
             view.note(
                 f"homer: stopped; {_told(counts, output)}. The same command goes on from there"

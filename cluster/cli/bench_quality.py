@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
@@ -22,6 +21,7 @@ from cluster.cli.bench_output import (
     print_table,
     save_results,
 )
+from cluster.cli.option_group import option_group, options_of
 from cluster.cli.settings import AsJson
 from homer.config import ScoreKind
 
@@ -66,75 +66,48 @@ Fresh = Annotated[bool, typer.Option(help="Forget the answers of earlier runs.")
 class QualityOptions:
     """The options of `homer bench passkey` and `multikey`; lengths as they were written."""
 
-    model: str | None = None
-    lengths: str = QUALITY_LENGTHS
-    samples: int = 100
-    methods: str = METHODS
-    variants: tuple[str, ...] = ()
-    scores: tuple[str, ...] = ()
-    plain_samples: int | None = None
-    plain_max_length: str | None = None
-    keys: int | None = None
-    seed: int = 0
-    jobs: int | None = None
-    threads: int = 1
-    dtype: str = "auto"
-    device: str = "auto"
-    out: Path = OUT
-    fresh: bool = False
+    model: Model = None
+    lengths: Lengths = QUALITY_LENGTHS
+    samples: Samples = 100
+    methods: Methods = METHODS
+    variant: Variants = None
+    score: Scores = None
+    plain_samples: PlainSamples = None
+    plain_max_length: PlainMaxLength = None
+    seed: Seed = 0
+    jobs: Jobs = None
+    threads: Threads = 1
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    out: Out = OUT
+    fresh: Fresh = False
 
 
-_DEFAULT = QualityOptions()
+_measures_quality = option_group("options", options_of(QualityOptions), QualityOptions)
 
 
-def passkey(
-    model: Model = _DEFAULT.model,
-    lengths: Lengths = _DEFAULT.lengths,
-    samples: Samples = _DEFAULT.samples,
-    methods: Methods = _DEFAULT.methods,
-    variant: Variants = None,
-    score: Scores = None,
-    plain_samples: PlainSamples = _DEFAULT.plain_samples,
-    plain_max_length: PlainMaxLength = _DEFAULT.plain_max_length,
-    seed: Seed = _DEFAULT.seed,
-    jobs: Jobs = _DEFAULT.jobs,
-    threads: Threads = _DEFAULT.threads,
-    dtype: Dtype = _DEFAULT.dtype,
-    device: Device = _DEFAULT.device,
-    out: Out = _DEFAULT.out,
-    fresh: Fresh = _DEFAULT.fresh,
-    as_json: AsJson = False,
-) -> None:
+@_measures_quality
+def passkey(*, options: QualityOptions, as_json: AsJson = False) -> None:
     """Answers about one key hidden in a long text. A run that was stopped goes on."""
     with measuring(as_json):
-        measure_quality("passkey", _options(locals()))
+        measure_quality("passkey", options)
 
 
+@_measures_quality
 def multikey(
-    model: Model = _DEFAULT.model,
-    lengths: Lengths = _DEFAULT.lengths,
-    samples: Samples = _DEFAULT.samples,
-    methods: Methods = _DEFAULT.methods,
-    variant: Variants = None,
-    score: Scores = None,
-    plain_samples: PlainSamples = _DEFAULT.plain_samples,
-    plain_max_length: PlainMaxLength = _DEFAULT.plain_max_length,
+    *,
+    options: QualityOptions,
     keys: Annotated[int | None, typer.Option(help="Keys in the text.", min=1)] = None,
-    seed: Seed = _DEFAULT.seed,
-    jobs: Jobs = _DEFAULT.jobs,
-    threads: Threads = _DEFAULT.threads,
-    dtype: Dtype = _DEFAULT.dtype,
-    device: Device = _DEFAULT.device,
-    out: Out = _DEFAULT.out,
-    fresh: Fresh = _DEFAULT.fresh,
     as_json: AsJson = False,
 ) -> None:
     """Answers about one of several named keys. A run that was stopped goes on."""
     with measuring(as_json):
-        measure_quality("multikey", _options(locals()))
+        measure_quality("multikey", options, keys)
 
 
-def measure_quality(task: Literal["passkey", "multikey"], options: QualityOptions) -> None:
+def measure_quality(
+    task: Literal["passkey", "multikey"], options: QualityOptions, keys: int | None = None
+) -> None:
     from homer.bench import quality
     from homer.bench.methods import choose_methods
     from homer.bench.plot import can_plot, plot_quality
@@ -153,14 +126,14 @@ def measure_quality(task: Literal["passkey", "multikey"], options: QualityOption
         lengths=parse_lengths(options.lengths, window),
         methods=choose_methods(
             [name for name in options.methods.split(",") if name],
-            options.variants,
+            options.variant or (),
             homer_defaults(model),
-            options.scores,
+            options.score or (),
         ),
         samples=options.samples,
         plain_samples=options.plain_samples,
         plain_max_length=None if longest is None else parse_lengths(longest, window)[0],
-        **({} if options.keys is None else {"keys": options.keys}),
+        **({} if keys is None else {"keys": keys}),
         first_seed=options.seed,
         dtype=options.dtype,
         device=options.device,
@@ -228,9 +201,3 @@ def _work(method: Method, length: int) -> float:
     if method.kind == "truncation":
         return 200.0
     return length * (1 + length / 4096) if method.is_full_attention else length
-
-
-def _options(given: dict[str, Any]) -> QualityOptions:
-    lists = {f"{name}s": tuple(given.pop(name) or ()) for name in ("variant", "score")}
-    del given["as_json"]
-    return QualityOptions(**{**given, **lists})

@@ -18,7 +18,6 @@ from homer.shape import BIAS_FILE
 @loads_a_model(device=True)
 def calibrate(
     *,
-    load: LoadOptions,
     model: Annotated[str, typer.Option(help="Folder in Hugging Face format, or a model id.")],
     text: Annotated[
         list[Path],
@@ -46,6 +45,7 @@ def calibrate(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 1,
     fresh: Annotated[bool, typer.Option(help="Forget what a stopped run has done.")] = False,
     as_json: AsJson = False,
+    load: LoadOptions,
 ) -> None:
     """Measure how the attention of ordinary text depends on distance, layer by layer.
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.cli import settings
 from cluster.cli.answer import tell_answer
-from cluster.cli.connection import Connection, asks_a_service
+from cluster.cli.asked import OWN_RETRIES, Asked, asks
+from cluster.cli.compression import compresses
 from cluster.cli.exit_codes import ExitCode, exit_code
-from cluster.cli.generate import OWN_RETRIES, start_service
-from cluster.cli.load_settings import loads_a_model
-from cluster.cli.settings import DEFAULTS
+from cluster.cli.sampling import samples
+from cluster.options import CompressionOverrides
 from homer.documents import STDIN, read_document
 from homer.errors import ConfigError, HomerError
-from homer.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from cluster.client import HomerClient
@@ -25,104 +24,45 @@ if TYPE_CHECKING:
 PROMPT = "> "
 HELP = """\
 Type a question and Enter. Each is asked of the document alone: earlier ones are not seen.
-  Ctrl-C       cancel the answer that comes now
+  Ctrl-C       cancel the answer that comes now, or drop the line; on an empty line: end
   /help        this text
   /quit        end; Ctrl-D does too"""
 
 
-@loads_a_model(device=False)
-@asks_a_service
+@asks
+@samples
+@compresses
 def chat(
     *,
-    load: LoadOptions,
-    connection: Connection,
-    command: typer.Context,
     context: settings.Context,
     prefix: Annotated[str, typer.Option(help="Comes before the document.")] = "",
-    model: Annotated[
-        str | None,
-        typer.Option(help="Model folder in Hugging Face format, or a model id; not with --server."),
-    ] = None,
-    server: Annotated[
-        str | None, typer.Option(help="A running service (host:port) instead of a cluster here.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer; 256 by default.", min=1)
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
-    top_p: Annotated[float, typer.Option(help="0 is off.", min=0, max=1)] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.", min=0)] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End answers before this text; may be repeated.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answers.", min=0)] = None,
+    sampling: dict[str, Any],
     as_json: settings.AsJson = False,
     retries: Annotated[
         int,
         typer.Option(help="How often to ask again when the service is away or overloaded.", min=0),
     ] = OWN_RETRIES,
-    workers: settings.Workers = DEFAULTS.workers,
-    cpu: settings.Cpu = DEFAULTS.cpu,
-    threads: settings.Threads = DEFAULTS.threads,
-    address: settings.Address = None,
-    bias: settings.Bias = DEFAULTS.bias,
-    memory_budget: settings.MemoryBudget = DEFAULTS.memory_budget,
-    placement_timeout: settings.PlacementTimeout = DEFAULTS.placement_timeout_seconds,
-    max_chunk_len: settings.MaxChunkLen = None,
-    target_len: settings.TargetLen = None,
-    warmup_layers: settings.WarmupLayers = None,
-    max_initial_chunk_len: settings.MaxInitialChunkLen = None,
-    fan_in: settings.FanIn = None,
-    score: settings.Score = None,
-    paper: settings.Paper = False,
+    asked: Asked,
+    compression: CompressionOverrides,
 ) -> None:
     """Ask question after question about one document; one a line, where stdin is no terminal.
 
-    Answers go to stdout, all else to stderr. Ctrl-C cancels an answer, /quit ends.
+    Answers go to stdout, all else to stderr. Ctrl-C cancels an answer, and ends at the prompt.
     """
-    model, server = settings.model_or_server(command, model, server)
     if context == STDIN:
         raise ConfigError("questions come from stdin, so the document cannot; give --context FILE")
-    compression = settings.overrides(
-        paper,
-        max_chunk_len=max_chunk_len,
-        target_len=target_len,
-        warmup_layers=warmup_layers,
-        max_initial_chunk_len=max_initial_chunk_len,
-        fan_in=fan_in,
-        score=score,
-    )
     request: dict[str, Any] = {
         "context": read_document(context),
         "prefix": prefix,
         "compression": compression.given(),
-        "sampling": {
-            "max_tokens": max_tokens or 0,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "stop": stop,
-            "seed": seed,
-        },
+        "sampling": sampling,
     }
     try:
         with settings.ended_by_signals() as signals, ExitStack() as stack:
-            if model is not None:
-                typer.echo(f"starting {workers} worker(s) …", err=True)
-                server = start_service(
-                    stack,
-                    address,
-                    model=model,
-                    workers=workers,
-                    cpu=cpu,
-                    threads=threads,
-                    load=load,
-                    bias=bias,
-                    memory_budget=memory_budget,
-                    placement_timeout_seconds=placement_timeout,
-                )
-                connection = Connection()
-            client = stack.enter_context(connection.client(server or "", retries=retries))
+            server, connection = stack.enter_context(
+                asked.reached(lambda news: typer.echo(news, err=True))
+            )
+            client = stack.enter_context(connection.client(server, retries=retries))
             code = _talk(client, request, signals, as_json)
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
@@ -138,9 +78,8 @@ def _talk(
     interactive = sys.stdin.isatty()
     failed = ExitCode.DONE
     if interactive:
-        # A module that `input` uses once it is there; not every system has it.
-        with suppress(ImportError):
-            import readline  # noqa: F401
+        # `input` uses it once it is imported.
+        _typed()
         typer.echo("Ask about the document; /help says what else there is.", err=True)
     while True:
         answering = False
@@ -151,14 +90,23 @@ def _talk(
             with progress_view(quiet=as_json) as view:
                 tell_answer(client, {**request, "question": question}, view, as_json)
         except KeyboardInterrupt:
-            if signals.terminated or not (interactive or answering):
-                raise
-            # At the prompt it drops what was typed, as in a shell.
+            dropped = interactive and not answering and _typed()
             typer.echo("\nhomer: cancelled" if answering else "", err=True)
+            if signals.terminated or not (answering or dropped):
+                raise
         except HomerError as error:
             typer.echo(f"homer: {error}", err=True)
             failed = exit_code(error)
     return ExitCode.DONE if interactive else failed
+
+
+def _typed() -> str:
+    """What stands on the line that is typed now; nothing where the system has no readline."""
+    try:
+        import readline
+    except ImportError:
+        return ""
+    return readline.get_line_buffer()
 
 
 def _next_question() -> str | None:

@@ -11,17 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.cli.settings import (
-    AsJson,
-    FanIn,
-    MaxChunkLen,
-    MaxInitialChunkLen,
-    Paper,
-    Score,
-    TargetLen,
-    WarmupLayers,
-    overrides,
-)
+from cluster.cli.compression import compresses
+from cluster.cli.settings import AsJson
+from cluster.options import CompressionOverrides
 from homer.config import HomerConfig
 from homer.errors import ConfigError
 from homer.plan import MergePlan
@@ -31,7 +23,9 @@ _MODEL = "Model"
 _DIMENSIONS = "Model dimensions, where no --model is given (defaults: Llama-2-7B)"
 
 
+@compresses
 def plan(
+    *,
     context_tokens: Annotated[int, typer.Option(help="Tokens of the document.")],
     prefix_tokens: Annotated[int, typer.Option(help="Tokens before the document.")] = 1,
     suffix_tokens: Annotated[int, typer.Option(help="Tokens of the question.")] = 32,
@@ -48,13 +42,7 @@ def plan(
     kv_heads: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
     vocab: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
     window: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
-    max_chunk_len: MaxChunkLen = None,
-    target_len: TargetLen = None,
-    warmup_layers: WarmupLayers = None,
-    max_initial_chunk_len: MaxInitialChunkLen = None,
-    fan_in: FanIn = None,
-    score: Score = None,
-    paper: Paper = False,
+    compression: CompressionOverrides,
     tree: Annotated[bool, typer.Option(help="Print every node.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -68,21 +56,13 @@ def plan(
         "vocab_size": vocab,
         "window": window,
     }
-    settings = overrides(
-        paper,
-        max_chunk_len=max_chunk_len,
-        target_len=target_len,
-        warmup_layers=warmup_layers,
-        max_initial_chunk_len=max_initial_chunk_len,
-        fan_in=fan_in,
-        score=score,
-    )
+    settings = compression.given()
     given = {name: value for name, value in dimensions.items() if value is not None}
-    shape, config = _resolve(model, given, settings.given())
+    shape, config = _resolve(model, given, settings)
     merge_plan = MergePlan.build(
         prefix_tokens, context_tokens, suffix_tokens, shape.num_layers, config
     )
-    sources = settings_sources(model, **settings.given())
+    sources = settings_sources(model, **settings)
     calibrated = None if model is None else find_bias(model) is not None
     _show(merge_plan, shape, sources, calibrated, tree=tree, as_json=as_json)
 

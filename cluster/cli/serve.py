@@ -8,19 +8,20 @@ from typing import Annotated, cast
 import typer
 
 from cluster.cli import settings
+from cluster.cli.compression import compresses
 from cluster.cli.connection import Doors, lets_in
 from cluster.cli.load_settings import loads_a_model
 from cluster.cli.settings import DEFAULTS
+from cluster.options import CompressionOverrides
 from homer.engines import Engine
 from homer.load_options import LoadOptions
 
 
 @loads_a_model(device=False)
 @lets_in
+@compresses
 def serve(
     *,
-    load: LoadOptions,
-    doors: Doors,
     model: Annotated[str, typer.Option(help="Model folder in Hugging Face format, or a model id.")],
     workers: settings.Workers = DEFAULTS.workers,
     cpu: settings.Cpu = DEFAULTS.cpu,
@@ -72,13 +73,9 @@ def serve(
     metrics_port: settings.MetricsPort = DEFAULTS.metrics_port,
     otlp_endpoint: settings.OtlpEndpoint = DEFAULTS.otlp_endpoint,
     as_json: settings.AsJson = False,
-    max_chunk_len: settings.MaxChunkLen = None,
-    target_len: settings.TargetLen = None,
-    warmup_layers: settings.WarmupLayers = None,
-    max_initial_chunk_len: settings.MaxInitialChunkLen = None,
-    fan_in: settings.FanIn = None,
-    score: settings.Score = None,
-    paper: settings.Paper = False,
+    compression: CompressionOverrides,
+    load: LoadOptions,
+    doors: Doors,
 ) -> None:
     """Serve a model on a Ray cluster until Ctrl-C.
 
@@ -117,15 +114,7 @@ def serve(
         port=port,
         reflection=reflection,
         name=name,
-        compression=settings.overrides(
-            paper,
-            max_chunk_len=max_chunk_len,
-            target_len=target_len,
-            warmup_layers=warmup_layers,
-            max_initial_chunk_len=max_initial_chunk_len,
-            fan_in=fan_in,
-            score=score,
-        ),
+        compression=compression,
         limits=Limits(
             context_tokens=max_context_tokens,
             document_bytes=max_document_bytes,

@@ -15,9 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.options import CompressionOverrides, ServeOptions
+from cluster.options import ServeOptions
 from cluster.placement import PLACEMENTS
-from homer.config import ScoreKind
 from homer.engines import ENGINES
 from workers.logs import LOG_FORMATS
 from workers.options import WIRE_DTYPES
@@ -27,7 +26,6 @@ DEFAULTS = ServeOptions(model="")
 _CLUSTER = "Cluster"
 _PLACEMENT = "Where workers go, and how many"
 _SEEING = "Seeing it"
-_COMPRESSION = "Compression (by default what homer.json beside the model says)"
 
 Workers = Annotated[int, typer.Option(help="Worker processes.", min=1, rich_help_panel=_CLUSTER)]
 Cpu = Annotated[
@@ -279,61 +277,6 @@ OtlpEndpoint = Annotated[
         rich_help_panel=_SEEING,
     ),
 ]
-MaxChunkLen = Annotated[
-    int | None,
-    typer.Option(help="Longest input of a node, in tokens.", rich_help_panel=_COMPRESSION),
-]
-TargetLen = Annotated[
-    int | None,
-    typer.Option(help="Most tokens in the final cache.", rich_help_panel=_COMPRESSION),
-]
-WarmupLayers = Annotated[
-    int | None,
-    typer.Option(help="Lower layers without merging.", rich_help_panel=_COMPRESSION),
-]
-MaxInitialChunkLen = Annotated[
-    int | None,
-    typer.Option(help="Longest leaf, where it should differ.", rich_help_panel=_COMPRESSION),
-]
-FanIn = Annotated[
-    int | None,
-    typer.Option(help="Most children per merge.", rich_help_panel=_COMPRESSION),
-]
-Score = Annotated[
-    ScoreKind | None,
-    typer.Option(help="What decides which tokens are kept.", rich_help_panel=_COMPRESSION),
-]
-Paper = Annotated[
-    bool,
-    typer.Option("--paper/--no-paper", help="The authors' method.", rich_help_panel=_COMPRESSION),
-]
-
-
-def model_or_server(
-    command: typer.Context, model: str | None, server: str | None
-) -> tuple[str | None, str | None]:
-    """The one of both that is given; of two, that which comes before the other's place.
-
-    Raises
-    ------
-    typer.BadParameter
-        Where none is given, or both in one place.
-    """
-    if model is not None and server is not None:
-        # The command line goes before variables, and these before the configuration file.
-        of_model, of_server = map(command.get_parameter_source, ("model", "server"))
-        if of_model is not None and of_server is not None and of_model != of_server:
-            return (model, None) if of_model.value < of_server.value else (None, server)
-    if (model is None) == (server is None):
-        raise typer.BadParameter("give either --model or --server")
-    return model, server
-
-
-def overrides(paper: bool, **given: Any) -> CompressionOverrides:
-    """The compression options of a command line."""
-    if paper:
-        return CompressionOverrides(plan="paper", refresh_suffix=False, **given)
-    return CompressionOverrides(**given)
 
 
 @dataclass

@@ -18,13 +18,13 @@ import pytest
 from cluster.cli.chat import PROMPT
 from cluster.client import HomerClient
 from homer.v1 import long_context_pb2 as pb
-from tests.cluster.conftest import poll
+from tests.cluster.conftest import DEADLINE_SECONDS, poll
 from tests.cluster.processes import Sandbox, sandbox
 from tests.cluster.test_cli import HOMER
 from tests.cluster.test_service import CONTEXT, LONG_CONTEXT, QUESTION, assert_nothing_held
 
 MAX_TOKENS = 6
-CTRL_C, UP = "\x03", "\x1b[A"
+CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 
 
 @pytest.fixture
@@ -71,12 +71,12 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._keys, keys.encode())
 
-    def wait_for(self, text: str, times: int = 1) -> None:
-        poll(lambda: self.shown.count(text) >= times, f"{times} times {text!r}")
+    def wait_for(self, text: str, times: int = 1, seconds: float = DEADLINE_SECONDS) -> None:
+        poll(lambda: self.shown.count(text) >= times, f"{times} times {text!r}", seconds)
 
 
 @contextmanager
-def chatting(box: Sandbox, *options: str | Path) -> Iterator[Terminal]:
+def chatting(box: Sandbox, *options: str | int | Path) -> Iterator[Terminal]:
     terminal = Terminal(box, HOMER, "chat", *map(str, options))
     try:
         yield terminal
@@ -109,9 +109,41 @@ def test_on_a_terminal_ctrl_c_cancels_the_answer_and_not_the_chat(
         terminal.wait_for(PROMPT, 5)
         terminal.type(f"half a question{CTRL_C}")
         terminal.wait_for(PROMPT, 6)
-        terminal.type("/quit\r")
+        terminal.type(CTRL_D)
         assert terminal.process.wait(30) == 0
     assert "Traceback" not in terminal.shown
+
+
+def test_a_chat_with_a_pool_of_its_own_goes_on_after_ctrl_c_and_leaves_nothing_behind(
+    box: Sandbox, text_model: Path, document: Path
+) -> None:
+    # Long enough to be cancelled in time, short enough to be asked about again.
+    document.write_text(CONTEXT * 10, encoding="utf-8")
+    options: list[str | Path] = [
+        "--model",
+        text_model,
+        "--cpu",
+        "--workers",
+        "1",
+        "--context",
+        document,
+    ]
+    with chatting(box, *options, "--max-tokens", MAX_TOKENS) as terminal:
+        terminal.wait_for(PROMPT, seconds=180)
+        terminal.type(f"{QUESTION}\r")
+        terminal.wait_for("prompt tokens: ")
+        # A terminal tells every process of the command, Ray's and the worker's too.
+        terminal.type(CTRL_C)
+        terminal.wait_for("homer: cancelled")
+        terminal.wait_for(PROMPT, 2)
+        terminal.type(f"{QUESTION}\r")
+        terminal.wait_for(PROMPT, 3)
+        assert terminal.shown.count("prompt tokens: ") == 2
+        assert terminal.shown.count("homer: ") == 1
+        terminal.type(CTRL_C)
+        assert terminal.process.wait(60) == 130
+    assert "Traceback" not in terminal.shown
+    box.assert_empty()
 
 
 def test_in_a_pipe_each_line_is_a_question(
