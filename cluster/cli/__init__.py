@@ -106,6 +106,9 @@ def _tell_usage(error: Any) -> ExitCode:
     if context is None or not message:
         # Without arguments typer prints the help itself.
         return ExitCode.MISTAKE
+    if getattr(error, "option_name", None) == "--config":
+        called, _, command = context.command_path.partition(" ")
+        message = f"--config goes before the command: {called} --config FILE {command} …"
     source = context.get_parameter_source(parameter.name) if parameter is not None else None
     if source is not None and source.name in _ELSEWHERE:
         message += f" ({_ELSEWHERE[source.name]})"

@@ -97,7 +97,11 @@ def _asked(
         typer.Option(help="Model folder in Hugging Face format, or a model id; not with --server."),
     ] = None,
     server: Annotated[
-        str | None, typer.Option(help="A running service (host:port) instead of a cluster here.")
+        str | None,
+        typer.Option(
+            help="A running service (host:port) instead of a cluster here.",
+            autocompletion=lambda: [settings.DEFAULT_SERVER],
+        ),
     ] = None,
     pool: OwnPool,
     load: LoadOptions,

@@ -6,6 +6,7 @@ Defaults come from the settings' own dataclasses, so that the two cannot drift a
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ Address = Annotated[
     typer.Option(
         help="A running Ray cluster to use (host:port, or auto); else one is started here.",
         envvar="RAY_ADDRESS",
+        autocompletion=lambda: ["auto", os.environ.get("RAY_ADDRESS", "127.0.0.1:6379")],
         rich_help_panel=_CLUSTER,
     ),
 ]
@@ -65,7 +67,10 @@ Context = Annotated[
     ),
 ]
 DEFAULT_SERVER = f"{DEFAULTS.host}:{DEFAULTS.port}"
-Server = Annotated[str, typer.Option(help="The running service: host:port.")]
+Server = Annotated[
+    str,
+    typer.Option(help="The running service: host:port.", autocompletion=lambda: [DEFAULT_SERVER]),
+]
 WireDtype = Annotated[
     str,
     typer.Option(

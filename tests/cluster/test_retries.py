@@ -142,6 +142,19 @@ def test_nothing_is_asked_again_without_being_told(subtests: pytest.Subtests) ->
             assert len(script.requests) == 1
 
 
+def test_grpc_s_own_retries_do_not_multiply_the_client_s() -> None:
+    def refused(request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
+        # Nothing was sent yet, and gRPC is told to try at once: with a policy it would.
+        context.set_trailing_metadata((("grpc-retry-pushback-ms", "0"),))
+        context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+        yield pb.GenerateResponse()
+
+    for retries in (0, 2):
+        script = Script(*[refused] * 15)
+        assert refusal(script, retries).code == "UNAVAILABLE"
+        assert len(script.requests) == 1 + retries
+
+
 def test_retries_end() -> None:
     script = Script(*[answer(fails="UNAVAILABLE")] * 4)
     assert refusal(script, 2).code == "UNAVAILABLE"

@@ -169,6 +169,14 @@ def test_a_value_that_does_not_fit_is_said_to_be_the_file_s_or_a_variable_s(
         assert done.stderr.count("\n") == bool(content)
 
 
+def test_a_file_that_is_named_behind_the_command_is_told_where_it_goes(homer: Homer) -> None:
+    for words, command in ((["plan"], "plan"), (["bench", "speed"], "bench speed")):
+        done = homer(*words, "--config", "homer.toml")
+        assert (done.code, done.stdout) == (2, "")
+        assert f"--config goes before the command: homer --config FILE {command} …" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_of_a_model_in_the_file_and_a_server_on_the_command_line_the_latter_counts(
     homer: Homer, tmp_path: Path
 ) -> None:
@@ -199,6 +207,9 @@ def test_completion_can_be_shown_and_knows_commands_and_options(
         ("homer plan --max-ch", "--max-chunk-len"),
         ("homer serve --engine transf", "transformers-tp"),
         ("homer plan --score max", "max_logit"),
+        ("homer serve --address au", "auto"),
+        ("homer status --server 127", "127.0.0.1:50051"),
+        ("homer chat --server 127", "127.0.0.1:50051"),
     ):
         monkeypatch.setenv("COMP_WORDS", words)
         monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
