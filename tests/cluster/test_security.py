@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import ssl
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -309,16 +310,30 @@ def test_every_route_of_the_http_door_needs_a_right_token(secured: Secured) -> N
         assert fetch("GET", f"{url}/metrics", ANNA)[0] == 200
         body = b'{"model": "B", "prompt": "A b c.\\n\\nWho?", "max_tokens": 2}'
         assert fetch("POST", f"{url}/v1/completions", ANNA, body)[0] == 200
+        before = secured.tokens_file.read_text()
+        try:
+            # What the door asks by itself, it asks with a token that counts now.
+            secured.tokens_file.write_text(f"cara={CARA}\n")
+            assert fetch("GET", f"{url}/health", None)[0] == 200
+            assert fetch("GET", f"{url}/v1/models", ANNA)[0] == 401
+        finally:
+            secured.tokens_file.write_text(before)
 
 
-def fetch(method: str, url: str, token: str | None, body: bytes | None = None) -> tuple[int, str]:
+def fetch(
+    method: str,
+    url: str,
+    token: str | None,
+    body: bytes | None = None,
+    context: ssl.SSLContext | None = None,
+) -> tuple[int, str]:
     headers = {"Content-Type": "application/json"}
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
     data = body or (b"{}" if method == "POST" else None)
     request = urllib.request.Request(url, data, headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+        with urllib.request.urlopen(request, timeout=SECONDS, context=context) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -352,13 +367,27 @@ def test_no_secret_is_in_a_log_a_command_line_a_metric_or_an_error(secured: Secu
     node: Any = ray._private.worker.global_worker.node
     logs = [file for file in Path(node.get_session_dir_path()).rglob("*") if file.is_file()]
     assert any("secured" in file.read_text(errors="replace") for file in logs), "no log was read"
-    told = {str(file): file.read_bytes() for file in logs}
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
+    told: dict[Any, bytes] = {str(file): file.read_bytes() for file in logs}
+    # Processes have their title in their command line and in comm.
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            told[str(process)] = process.read_bytes() + (process.parent / "comm").read_bytes()
+            told[str(process)] = b"".join(
+                (process / name).read_bytes() for name in ("cmdline", "comm", "environ")
+            )
         except OSError:
             continue
     told["server info"] = str(info).encode()
+    context = ssl.create_default_context(cafile=secured.authority.file)
+    context.load_cert_chain(secured.client.cert or "", secured.client.key)
+    # Workers are reached by address, and have one name.
+    context.check_hostname = False
+    for address in (info.metrics_address, *(one.metrics_address for one in info.workers)):
+        for path in ("metrics", "targets"):
+            for token in (ANNA, WRONG):
+                told[f"{address}/{path}", token] = fetch(
+                    "GET", f"https://{address}/{path}", token, context=context
+                )[1].encode()
+    assert b"homer_e2e_request_latency" in told[f"{info.metrics_address}/metrics", ANNA]
     for secret in SECRETS:
         assert [place for place, text in told.items() if secret.encode() in text] == []
 
