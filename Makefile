@@ -28,9 +28,9 @@ demo: setup ## ask a question about a long document on a local cluster of two CP
 
 # Real processes on a busy shared machine miss a deadline now and then. Where CI is set, a test that fails
 # is run up to twice more, and the summary names it under RERUN; by hand, the first failure counts.
-# Two processes run the tests: one those that share a Ray cluster, the other the rest.
+# Two processes run the tests, file by file.
 test: setup ## run the tests
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(if $(CI),--reruns 2)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(if $(CI),--reruns 2)
 
 chaos: setup ## 60 faults among questions, then 300 requests of mixed fates; SEED=7 and FAULTS=100 choose
 	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(FAULTS),--faults $(FAULTS))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 # No test reaches for a model hub or reports usage. One thread each: on models this small, threads
 # that wait for each other on a busy machine cost nine times what they save.
@@ -12,22 +11,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest
 from hypothesis import settings
 
 # The machine may be busy, so no example has a deadline; the same examples are drawn each time, so
 # that a red test is red for everybody.
 settings.register_profile("homer", deadline=None, derandomize=True, database=None)
 settings.load_profile("homer")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Where pytest runs as several processes, a file is for one of them.
-
-    All files that share the Ray cluster and the services on it are for the same one.
-    """
-    on_ray = {item.path for item in items if "ray_session" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "ray" if item.path in on_ray else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))

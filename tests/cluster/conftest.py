@@ -12,14 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-import ray
 
 from cluster.client import HomerClient
-from cluster.keeper import Keeper
 from cluster.launch import LOOPBACK, ray_cluster, running_service
 from cluster.options import ServeOptions
-from cluster.pool import WorkerPool
-from cluster.scheduler import Scheduler
 from cluster.worker_client import GrpcWorkerClient
 from homer.v1 import worker_pb2_grpc
 from tests.golden_cases import model_dir
@@ -93,38 +89,6 @@ def run() -> Iterator[Run[Any]]:
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
-
-
-@pytest.fixture(scope="session")
-def worker_addresses(ray_session: None, run: Run[Any]) -> Iterator[Callable[[str], list[str]]]:
-    """Addresses of three worker actors that serve a model; started on first use, kept since."""
-    started: dict[str, list[str]] = {}
-    pools: list[tuple[WorkerPool, Scheduler]] = []
-    keeper: Any = ray.remote(Keeper)
-
-    async def start(options: ServeOptions) -> tuple[WorkerPool, Scheduler]:
-        scheduler = Scheduler()
-        pool = WorkerPool(options, keeper.options(num_cpus=0).remote(), LOOPBACK, scheduler)
-        await pool.start()
-        return pool, scheduler
-
-    async def stop(pool: WorkerPool, scheduler: Scheduler) -> None:
-        await pool.stop()
-        await scheduler.close()
-
-    def addresses(model: str) -> list[str]:
-        if model not in started:
-            # One model's workers at a time: they take memory, and tests come model by model.
-            while pools:
-                run(stop(*pools.pop()))
-                started.clear()
-            pools.append(run(start(ServeOptions(model=model, cpu=True, workers=3))))
-            started[model] = [client.address for client in pools[-1][0].clients]
-        return started[model]
-
-    yield addresses
-    for pool, scheduler in pools:
-        run(stop(pool, scheduler))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from tests.cluster.conftest import poll
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[2]
-END_SECONDS = 60.0
+END_SECONDS = 120.0
 # What `ray start` keeps for its workers, and refuses for anything else.
 RAY_WORKER_PORTS = range(10002, 20000)
 

@@ -1,11 +1,12 @@
-"""Real Ray actors and real gRPC give what one process gives."""
+"""Real worker processes and real gRPC give what one process gives."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import Iterator
+from contextlib import ExitStack, aclosing
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -21,6 +22,7 @@ from homer.demo.tasks import make_sample
 from homer.shape import BIAS_FILE, ModelShape, homer_defaults
 from tests.cluster.conftest import Run, connected
 from tests.golden_cases import GoldenCase
+from tests.workers.processes import running_workers
 
 NEW_TOKENS = 17
 WORKERS = (1, 2, 3)
@@ -36,6 +38,35 @@ CASES = (
     "g_5c_gqa",
     "m_3c_mqa",
 )
+
+
+class WorkersOf:
+    """Addresses of three workers that serve a model; started on first use."""
+
+    def __init__(self) -> None:
+        self._model: Path | None = None
+        self._addresses: list[str] = []
+        self._running = ExitStack()
+
+    def __call__(self, model: Path) -> list[str]:
+        if model != self._model:
+            # One model's workers at a time: they take memory, and tests come model by model.
+            self.close()
+            workers = running_workers(model, "--dtype", "auto", count=3)
+            started = self._running.enter_context(workers)
+            self._model, self._addresses = model, [worker.address for worker in started]
+        return self._addresses
+
+    def close(self) -> None:
+        self._model = None
+        self._running.close()
+
+
+@pytest.fixture(scope="module")
+def workers_of() -> Iterator[WorkersOf]:
+    workers = WorkersOf()
+    yield workers
+    workers.close()
 
 
 def refreshed(case: GoldenCase) -> HomerConfig:
@@ -89,11 +120,9 @@ def job_of(case: GoldenCase, config: HomerConfig) -> Job:
     return Job(uuid.uuid4().hex, plan, prefix, context, suffix, sampling)
 
 
-def test_several_workers_take_part(
-    worker_addresses: Callable[[str], list[str]], run: Run[Any]
-) -> None:
+def test_several_workers_take_part(workers_of: WorkersOf, run: Run[Any]) -> None:
     case = GoldenCase.load("a_33c")
-    addresses = worker_addresses(str(case.model_dir))
+    addresses = workers_of(case.model_dir)
     _, summary = run(run_job(addresses, job_of(case, refreshed(case)), 4))
     assert set(summary.nodes_by_worker) == {"worker-0", "worker-1", "worker-2"}
     assert summary.moved_bytes > 0
@@ -110,11 +139,11 @@ def test_any_number_of_workers_equals_one_process(
     name: str,
     workers: int,
     mode: str,
-    worker_addresses: Callable[[str], list[str]],
+    workers_of: WorkersOf,
     run: Run[Any],
 ) -> None:
     case = GoldenCase.load(name)
-    addresses = worker_addresses(str(case.model_dir))[:workers]
+    addresses = workers_of(case.model_dir)[:workers]
     if mode == "paper":
         job = job_of(case, case.config)
         tokens, summary = run(run_job(addresses, job, pieces_per_worker=1))
@@ -133,9 +162,9 @@ def test_any_number_of_workers_equals_one_process(
 @pytest.mark.parametrize("mode", ["paper", "refreshed"])
 @pytest.mark.parametrize("workers", WORKERS)
 def test_the_demo_model_answers_as_in_one_process(
-    workers: int, mode: str, worker_addresses: Callable[[str], list[str]], run: Run[Any]
+    workers: int, mode: str, workers_of: WorkersOf, run: Run[Any]
 ) -> None:
-    addresses = worker_addresses(str(MODEL_DIR))[:workers]
+    addresses = workers_of(MODEL_DIR)[:workers]
     config, ids, kept, expected = demo_answer(mode)
     plan = MergePlan.build(
         len(ids.prefix),

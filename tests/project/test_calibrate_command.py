@@ -84,8 +84,8 @@ def test_two_processes_killed_on_the_way_come_to_what_one_does(
     lines = tmp_path / "lines.jsonl"
     records = text.read_text(encoding="utf-8").split(". ")
     lines.write_text("".join(json.dumps({"body": r}) + "\n" for r in records), encoding="utf-8")
-    sources = ["--text", text, "--text", lines] * 3
-    wanted = ["--model", model, *sources, "--field", "body", "--samples", 500, "--chunk-len", 80]
+    sources = ["--text", text, "--text", lines] * 2
+    wanted = ["--model", model, *sources, "--field", "body", "--samples", 200, "--chunk-len", 80]
     run(*wanted, "--out", whole)
     command = [*HOMER, "calibrate", *map(str, wanted), "--out", str(out), "--workers", "2"]
     with subprocess.Popen(command) as killed:
