@@ -26,6 +26,9 @@ from workers.wire import read_plan
 
 Emit = Callable[[Any], None]
 
+# Far more than a service lets anybody ask for: each takes a copy of the cache.
+MOST_ANSWERS = 256
+
 
 def open_node(
     store: Store,
@@ -63,9 +66,12 @@ def read_delivered(
     Raises
     ------
     PromptError
-        When there are more of them than answers, or they are no answers of this model.
+        When there are more of them than answers, or they are no answers of this model; or when
+        `count` is more than a worker gives.
     """
     begun = request.delivered
+    if count > MOST_ANSWERS:
+        raise PromptError(f"{count} answers are asked for; a worker gives at most {MOST_ANSWERS}")
     if len(begun) > count:
         raise PromptError(f"there are {count} answers, but {len(begun)} had begun")
     delivered = [None if answer.ended else tuple(answer.token_ids) for answer in begun]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 
 from homer import MergePlan
+from homer.errors import PromptError
 from homer.plan import NodeId
 from homer.v1 import sampling_pb2, tensor_pb2, worker_pb2
 from tests.golden_cases import GoldenCase
@@ -23,6 +24,7 @@ from tests.workers.processes import (
     run_below_root,
 )
 from workers.frames import decode_frame
+from workers.intake import read_delivered
 from workers.plan_wire import write_node
 from workers.tensor_stream import Limits, StreamReader
 
@@ -343,3 +345,10 @@ def test_a_plan_is_the_same_on_both_sides(workers: list[WorkerProcess], prompt: 
     assert [
         (e.node.height, e.node.index, e.context_tokens_in, e.context_tokens_out) for e in events
     ] == [(*node.id, node.context_in, node.context_out) for node in plan.nodes]
+
+
+def test_more_answers_than_there_can_be_are_refused_before_they_take_memory() -> None:
+    request, stack = worker_pb2.GenerateTokensRequest(), cast(Any, None)
+    with pytest.raises(PromptError, match="2147483647 answers are asked for; a worker gives at"):
+        read_delivered(request, 2**31 - 1, 1, stack)
+    assert read_delivered(request, 2, 1, stack) == ((), ())
