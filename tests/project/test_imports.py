@@ -14,7 +14,6 @@ import pytest
 from homer import HomerModel
 from homer.shape import ModelShape
 from tests.golden_cases import model_dir
-from tests.workers.processes import WorkerProcess
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "homer" / "v1"
@@ -79,6 +78,8 @@ def test_proto_holds_no_python() -> None:
         ("homer.model", {"grpc", "ray", "workers", "cluster", "deepspeed"}),
         ("workers", {"ray", "cluster"}),
         ("cluster.cli", {"torch", "transformers", "ray"}),
+        ("cluster.launch", {"torch", "transformers"}),
+        ("cluster.coordinator", {"torch", "transformers"}),
     ],
 )
 def test_importing_does_not_load_what_is_not_needed(module: str, absent: set[str]) -> None:
@@ -89,19 +90,24 @@ def test_importing_does_not_load_what_is_not_needed(module: str, absent: set[str
     assert not absent & set(done.stdout.split())
 
 
-def test_a_worker_imports_deepspeed_only_where_its_engine_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_imports_deepspeed_only_where_its_engine_is_asked_for(tmp_path: Path) -> None:
     # Python itself tells what a process imports.
-    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
-    worker = WorkerProcess(model_dir("A"), log=tmp_path / "log.txt")
-    try:
-        worker.wait_until_ready()
-    finally:
-        worker.stop()
-    imported = set(
-        re.findall(r"^import time:.*\| +(\w+)$", (tmp_path / "log.txt").read_text(), re.M)
-    )
+    command = [sys.executable, "-X", "importtime", "-m", "workers", "--device", "cpu"]
+    log = tmp_path / "log.txt"
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [*command, "--model", str(model_dir("A"))],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            cwd=ROOT,
+        ) as worker,
+    ):
+        assert worker.stdout is not None
+        assert worker.stdout.readline().startswith("homer-worker ready ")
+        worker.terminate()
+    imported = set(re.findall(r"^import time:.*\| +(\w+)$", log.read_text(), re.M))
     assert {"torch", "transformers", "accelerate"} <= imported
     assert "deepspeed" not in imported
 
