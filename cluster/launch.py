@@ -16,9 +16,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import (
     ActorDiedError,
@@ -42,6 +43,7 @@ from homer.errors import HomerError
 _log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_SECONDS = 30.0
+START_ATTEMPTS = 3
 RESTART_POLL_SECONDS = 0.2
 REACH_SECONDS = 10.0
 LOOPBACK = "127.0.0.1"
@@ -63,7 +65,7 @@ def ray_cluster(
     Raises
     ------
     PlacementError
-        When the cluster cannot be reached.
+        When the cluster cannot be reached, or this machine is too busy to start one.
     """
     common: dict[str, Any] = {
         "namespace": NAMESPACE,
@@ -87,8 +89,7 @@ def ray_cluster(
         else:
             # Short, because the paths of Ray's sockets are limited to 107 characters.
             folder = tempfile.mkdtemp(prefix="homer-")
-            ray.init(
-                address="local",
+            _start_ray(
                 num_cpus=int(total(_largest(options))["CPU"]),
                 include_dashboard=False,
                 # Ray runs workers at the lowest priority; here somebody waits for them.
@@ -106,6 +107,30 @@ def ray_cluster(
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_ray(**settings: Any) -> None:
+    """Start Ray on this machine, again where its processes did not come up in Ray's half minute."""
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        before = set(psutil.Process().children(recursive=True))
+        try:
+            ray.init(address="local", **settings)
+        except Exception as error:
+            # Ray has no type of its own for this, and leaves behind what it started.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            for process in set(psutil.Process().children(recursive=True)) - before:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if not attempts_left:
+                raise PlacementError(
+                    "Ray did not start on this machine in the time that it gives itself; the "
+                    "machine is too busy: try again, or join a running cluster (--address)"
+                ) from error
+            _log.warning("Ray did not start in time on this busy machine; it is started again")
+        else:
+            return
 
 
 def _check_reachable(address: str) -> None:

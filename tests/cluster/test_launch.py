@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 from cluster.client import HomerClient
 from cluster.errors import PlacementError
-from cluster.launch import running_service
+from cluster.launch import START_ATTEMPTS, _start_ray, running_service
 from cluster.options import CompressionOverrides, ServeOptions
 from homer.errors import ConfigError, HomerError
 from tests.cluster.conftest import LOGICAL_CPUS, poll
@@ -91,3 +94,38 @@ def test_a_service_that_ended_gives_back_its_place(ray_session: None, text_model
             assert client.server_info().model == str(text_model)
         taken = free_cpus()
     poll(lambda: free_cpus() == taken + 1, "the place is not given back")
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_a_ray_that_is_too_slow_is_ended_and_started_again(
+    in_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def init(**settings: Any) -> None:
+        started.append(subprocess.Popen(["sleep", "600"]))
+        if len(started) < START_ATTEMPTS or not in_time:
+            raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    if in_time:
+        _start_ray()
+        last = started.pop()
+        assert last.poll() is None
+        last.kill()
+        last.wait()
+    else:
+        with pytest.raises(PlacementError, match="too busy"):
+            _start_ray()
+    assert len(started) == START_ATTEMPTS - in_time
+    assert {process.wait(10) for process in started} == {-signal.SIGKILL}
+
+
+def test_another_failure_of_ray_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**settings: Any) -> None:
+        raise ValueError("no such setting")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ValueError, match="no such setting"):
+        _start_ray()
