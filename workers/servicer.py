@@ -265,10 +265,8 @@ class WorkerServicer:
         async with self._call(context):
             held = self._store.get(request.request_id)
             node = find_node(held, request.node)
-            if (request.context_start, request.context_end) != (
-                node.context_start,
-                node.context_end,
-            ):
+            span = (node.context_start, node.context_end)
+            if (request.context_start, request.context_end) != span:
                 raise PromptError(
                     f"node {tuple(node.id)} spans the context from {node.context_start} to "
                     f"{node.context_end}, not {request.context_start} to {request.context_end}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -380,6 +381,9 @@ def test_one_of_several_answers_is_ended_alone(
         request = worker_pb2.EndAnswerRequest(request_id=prompt.request_id, answer=number)
         worker.stub.EndAnswer(request, timeout=CALL_SECONDS)
 
+    def reserves(nbytes: int) -> bool:
+        return worker.stats().reserved_bytes == nbytes
+
     told: list[list[int]] = [[], [], []]
     copies = 0
     # Far more tokens than there is time for: the answers have to be ended.
@@ -388,8 +392,7 @@ def test_one_of_several_answers_is_ended_alone(
         if min(map(len, told)) >= TOKENS and not copies:
             copies = worker.stats().reserved_bytes
             end(1)
-            one = copies // 2
-            eventually(lambda one=one: worker.stats().reserved_bytes == one)  # type: ignore[misc]
+            eventually(partial(reserves, copies // 2))
             for again in (1, 0, 2):
                 end(again)
     assert worker.stats().reserved_bytes == 0 < copies
