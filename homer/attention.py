@@ -1,9 +1,10 @@
 """The attention function through which Homer drives transformers' own layers.
 
-Registered with transformers as `homer_<implementation>`. Outside a `LayerPass` it is that
-implementation. Inside one, set for the running thread only, the pass is the layers' cache and says
-what attention does: a `NodePass` attends causally by slot order, keeps the cache's rows, and yields
-the last query's scores for the layer that prunes. Knows nothing about plans or trees.
+Registered with transformers as `homer_<implementation>`, for flash attention in its own place.
+Outside a `LayerPass` it is that implementation. Inside one, set for the running thread only, the
+pass is the layers' cache and says what attention does: a `NodePass` attends causally by slot order,
+keeps the cache's rows, and yields the last query's scores for the layer that prunes. Knows nothing
+about plans or trees.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from homer.config import ScoreKind
 from homer.errors import ModelError
 from homer.families import Window
+from homer.flash import FlashAttention, is_flash
 from homer.heads import ALL_HEADS, HeadGroup
 from homer.significance import Scored, significance
 from homer.state import LayerKV
@@ -38,7 +40,7 @@ class AttentionCall:
 
     `query` has shape (1, heads, tokens, head_dim), `key` and `value` (1, kv_heads, rows, head_dim),
     past rows included. `extra` holds what only some families have: a soft cap on the logits, an
-    attention sink.
+    attention sink. `flash` is the flash attention that the model was loaded with, if any.
     """
 
     module: torch.nn.Module
@@ -47,12 +49,17 @@ class AttentionCall:
     value: torch.Tensor
     scaling: float
     extra: dict[str, Any]
+    flash: FlashAttention | None = None
 
     def attend(self, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Attention, causal by slot order, or where `mask` of shape (tokens, rows) is true.
 
-        Returns a tensor of shape (1, tokens, heads, head_dim).
+        Flash attention knows no masks: these are left to the others. Returns a tensor of shape (1,
+        tokens, heads, head_dim).
         """
+        if mask is None and self.flash is not None and self.flash.takes >= self.extra.keys():
+            states = self.query, self.key, self.value
+            return self.flash.attend(self.module, states, self.scaling, self.extra)
         if self.extra:
             return self._attend_as_family(mask)
         if mask is None:
@@ -264,16 +271,18 @@ def _eager_function(module: torch.nn.Module) -> Callable[..., Any]:
     return function
 
 
-def install(model: Any) -> None:
-    """Switch `model` to the registered function that wraps the attention it was loaded with."""
-    plain: str = model.config._attn_implementation
-    if plain.startswith(_PREFIX):
-        return
-    if plain != "eager" and plain not in ALL_ATTENTION_FUNCTIONS:
-        raise ModelError(f"unknown attention implementation {plain!r}; load the model with 'sdpa'")
-    name = _PREFIX + plain
+@dataclass(frozen=True)
+class _Attention:
+    """What layers call: `function`, or in a `LayerPass` what that has in its place.
 
-    def attention(
+    Without a function it is the family's own eager one.
+    """
+
+    function: Callable[..., Any] | None
+    flash: FlashAttention | None = None
+
+    def __call__(
+        self,
         module: torch.nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -284,17 +293,33 @@ def install(model: Any) -> None:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer_pass = _active.get()
         if layer_pass is None:
-            function = (
-                _eager_function(module) if plain == "eager" else ALL_ATTENTION_FUNCTIONS[plain]
-            )
+            function = self.function or _eager_function(module)
             if scaling is not None:
                 kwargs["scaling"] = scaling
             return function(module, query, key, value, attention_mask, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        call = AttentionCall(module, query, key, value, scale, _extra(module, kwargs))
+        extra = _extra(module, kwargs)
+        call = AttentionCall(module, query, key, value, scale, extra, self.flash)
         return layer_pass.attend(call), None
 
-    AttentionInterface.register(name, attention)
+
+def install(model: Any) -> None:
+    """Switch `model` to the registered function that wraps the attention it was loaded with."""
+    plain: str = model.config._attn_implementation
+    if plain.startswith(_PREFIX):
+        return
+    if plain != "eager" and plain not in ALL_ATTENTION_FUNCTIONS:
+        raise ModelError(f"unknown attention implementation {plain!r}; load the model with 'sdpa'")
+    function = None if plain == "eager" else ALL_ATTENTION_FUNCTIONS[plain]
+    if isinstance(function, _Attention):
+        return
+    if function is not None and is_flash(plain):
+        # transformers goes by this name wherever it calls the package, so it has to stay.
+        flash = FlashAttention.of(plain, function)
+        AttentionInterface.register(plain, _Attention(function, flash))
+        return
+    name = _PREFIX + plain
+    AttentionInterface.register(name, _Attention(function))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
     model.set_attn_implementation(name)
 

@@ -19,6 +19,8 @@ from homer.config import HomerConfig
 from homer.cost import PlanCost
 from homer.errors import BiasError, ModelError, PlanError
 from homer.families import Window
+from homer.flash import missing_flash
+from homer.load_options import FLASH_PACKAGES
 from homer.plan import MergePlan
 from homer.shape import UNCALIBRATED, ModelShape, defaults_for, load_config, settings_sources
 from homer.stack import LayerStack
@@ -47,13 +49,17 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What is known of a model before it is loaded. Refused models have a `reason` and no more."""
+    """What is known of a model before it is loaded. Refused models have a `reason` and no more.
+
+    `attentions` are the attention implementations with which it would load here.
+    """
 
     model: str
     model_type: str
     supported: bool
     reason: str | None = None
     tested: bool = False
+    attentions: tuple[str, ...] = ()
     shape: ModelShape | None = None
     config: HomerConfig | None = None
     setting_sources: dict[str, str] = field(default_factory=dict)
@@ -99,6 +105,7 @@ def examine_model(path_or_id: str | Path, document_tokens: int | None = None) ->
         model_type,
         supported=True,
         tested=stack.family.tested,
+        attentions=_attentions(stack.model),
         shape=shape,
         config=settings,
         setting_sources=settings_sources(path_or_id),
@@ -117,6 +124,12 @@ def _build_on_meta(config: Any) -> Any:
             return AutoModelForCausalLM.from_config(config).eval()
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         raise ModelError(f"transformers cannot build {config.model_type}: {error}") from error
+
+
+def _attentions(model: Any) -> tuple[str, ...]:
+    """The attention implementations with which the model would load here."""
+    flash = set(FLASH_PACKAGES) if getattr(model, "_supports_flash_attn", False) else set()
+    return "sdpa", "eager", *sorted(flash - set(missing_flash()))
 
 
 def _memory(

@@ -17,7 +17,13 @@ from typing import Any
 from homer.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-ATTENTIONS = ("auto", "sdpa", "eager")
+FLASH_PACKAGES = {
+    "flash_attention_2": "flash-attn",
+    "flash_attention_3": "flash-attn-3",
+    "flash_attention_4": "flash-attn-4",
+}
+"""What each kind of flash attention needs installed, by transformers' names."""
+ATTENTIONS = ("auto", "sdpa", "eager", *FLASH_PACKAGES)
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TOKEN_VARIABLE = "HF_TOKEN"
 TOKEN_FILE_HELP = f"file with the hub's access token; by default {TOKEN_VARIABLE} says it"
@@ -55,8 +61,10 @@ class LoadOptions:
     local_files_only : bool
         Ask no hub: what is not on this machine is an error.
     attention : str
-        "auto" and "sdpa" are torch's own attention, with its flash kernels on a GPU; "eager" is
-        the family's plain one, which only matters where the model runs outside of Homer.
+        "auto" and "sdpa" are torch's own attention, with its flash kernels on a GPU;
+        "flash_attention_2", "_3" and "_4" are the packages of that name, on a GPU in half
+        precision; "eager" is the family's plain one, which only matters where the model runs
+        outside of Homer.
     quantization : str, optional
         Quantize while loading: a name of `homer.quantization.QUANTIZATIONS`, or transformers'
         quantization config as JSON. A checkpoint that is quantized says so itself.
@@ -92,11 +100,6 @@ class LoadOptions:
     lower_layers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.attention.startswith("flash"):
-            raise ConfigError(
-                f"attention is {self.attention!r}, which would never run: Homer computes attention "
-                "itself, with torch's own, which has flash kernels on a GPU; use sdpa"
-            )
         for name, known in (("dtype", DTYPES), ("attention", ATTENTIONS)):
             value = getattr(self, name)
             if value not in known:

@@ -26,7 +26,8 @@ from homer.adapters import add_adapter
 from homer.checkpoint import find_shards
 from homer.device_map import check_modules, mend_tied_head, placement_arguments
 from homer.errors import CheckpointError, ConfigError, HomerError, ModelError
-from homer.load_options import LoadOptions
+from homer.flash import check_flash, is_flash
+from homer.load_options import FLASH_PACKAGES, LoadOptions
 from homer.load_progress import shown_by_shards
 from homer.quantization import quantization_for
 from homer.shape import load_config
@@ -93,7 +94,7 @@ def load_model(
     options = LoadOptions.of(options, given)
     config = load_config(path_or_id, **options.hub)
     shards = find_shards(path_or_id)
-    with _explained(path_or_id):
+    with _explained(path_or_id, options.attention):
         target = _choose_device(options)
         kwargs = {**_arguments(options, config, target), **kwargs}
         if "distributed_config" in kwargs:
@@ -122,6 +123,8 @@ def _arguments(options: LoadOptions, config: Any, target: torch.device) -> dict[
     arguments: dict[str, Any] = {**options.hub, "dtype": options.dtype}
     if options.attention != "auto":
         arguments["attn_implementation"] = options.attention
+        if is_flash(options.attention):
+            check_flash(options.attention, _known_dtype(options, config), target)
     if options.device_map is not None:
         arguments.update(placement_arguments(options))
     elif target.type != "cpu":
@@ -185,8 +188,17 @@ def _quiet() -> Iterator[None]:
         logger.set_verbosity(before)
 
 
+def _known_dtype(options: LoadOptions, config: Any) -> torch.dtype | None:
+    """The type that weights will have; None where only they tell."""
+    if options.dtype != "auto":
+        return getattr(torch, options.dtype)
+    return getattr(config, "dtype", None) or getattr(
+        config.get_text_config(decoder=True), "dtype", None
+    )
+
+
 @contextmanager
-def _explained(path_or_id: str | Path) -> Iterator[None]:
+def _explained(path_or_id: str | Path, attention: str) -> Iterator[None]:
     name = str(path_or_id)
     try:
         yield
@@ -198,7 +210,10 @@ def _explained(path_or_id: str | Path) -> Iterator[None]:
             f"a file of {name!r} is damaged: {error}; copy or download it again"
         ) from error
     except ImportError as error:
-        raise ModelError(f"loading {name!r} needs a package: {error}") from error
+        advice = ""
+        if package := FLASH_PACKAGES.get(attention):
+            advice = f" Install {package} on a machine with a GPU, or use attention sdpa"
+        raise ModelError(f"loading {name!r} needs a package: {error}{advice}") from error
     except (OSError, ValueError, RuntimeError) as error:
         if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
             raise CheckpointError(

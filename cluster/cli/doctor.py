@@ -129,6 +129,7 @@ def _show(report: Any) -> None:
     shape, memory = report.shape, report.memory
     table.add_row("supported", "yes" if report.tested else "if it agrees with its own forward pass")
     table.add_row("parameters", f"{report.parameters:,}")
+    table.add_row("attention", ", ".join(report.attentions))
     table.add_row(
         "layers",
         f"{shape.num_layers}, {shape.num_heads} heads, {shape.num_kv_heads} of keys and values",

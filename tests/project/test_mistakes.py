@@ -36,7 +36,7 @@ MISTAKES = [
     ("serve --model m --workers 0", 2, "'--workers'"),
     ("serve --model m --labels x", 2, "is not JSON"),
     ("serve --model m --resources [1]", 2, "is not a JSON object"),
-    ("serve --model m --attention flash", 2, "use sdpa"),
+    ("serve --model m --attention flash", 2, "use auto, sdpa"),
     ("serve --model m --hub-token-file nowhere.txt", 2, "cannot read the token file nowhere.txt"),
     ("serve --model m --tokens-file nowhere.txt", 2, "nowhere.txt"),
     ("serve --model m --host 0.0.0.0", 2, "token"),
