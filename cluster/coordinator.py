@@ -23,7 +23,7 @@ from cluster.scheduler import Scheduler
 from cluster.seeing import Seeing
 from cluster.service import LongContextService
 from cluster.slot import result
-from cluster.text import PromptTokenizer
+from cluster.text import PromptTokenizer, leave_out_torch
 from homer.config import HomerConfig
 from homer.shape import homer_defaults
 from workers.addresses import join_port
@@ -47,6 +47,7 @@ class Coordinator:
 
     def __init__(self, options: ServeOptions) -> None:
         set_up_logging(options.log_format)
+        leave_out_torch()
         self._options = options
         self._keeper = ray.get_actor(keeper_name(options.name), NAMESPACE)
         self._seeing = Seeing(connect_tracing(options.otlp_endpoint, **IDENTITY))

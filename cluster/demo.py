@@ -19,7 +19,7 @@ from cluster.client import HomerClient
 from cluster.errors import ServiceError
 from cluster.launch import ray_cluster, running_service
 from cluster.options import ServeOptions
-from cluster.text import PromptTokenizer
+from cluster.text import PromptTokenizer, leave_out_torch
 from homer.demo import MODEL_DIR
 from homer.demo.tasks import Sample, Task, make_sample
 from homer.errors import ModelError
@@ -36,6 +36,7 @@ def demo(
 ) -> None:
     """Ask a question about a long document that hides the answer."""
     started = time.perf_counter()
+    leave_out_torch()
     tokenizer = PromptTokenizer.load(str(MODEL_DIR))
     if tokenizer is None:
         raise ModelError(f"the demo model is not in {MODEL_DIR}; run `make train-demo`")

@@ -25,6 +25,7 @@ from cluster.http.app import HttpDoor, build_http
 from cluster.launch import running_service
 from cluster.options import CompressionOverrides, ServeOptions
 from cluster.service import Limits
+from cluster.text import leave_out_torch
 from homer.errors import ConfigError
 from workers.security import Security
 from workers.tls import Tls
@@ -171,6 +172,7 @@ class Door:
         self, service: DeploymentHandle | str, model_name: str, security: Security
     ) -> None:
         security.check_host(_serve_host())
+        leave_out_torch()
         address = service if isinstance(service, str) else await service.address.remote()
         self._door = HttpDoor(address, model_name, security.open_tokens(), security.tls)
         await self._door.served()

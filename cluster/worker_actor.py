@@ -22,6 +22,7 @@ from homer.checkpoint import fingerprint, until_files_change
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from workers.addresses import address_toward, join_port
+from workers.collector import not_collecting
 from workers.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ class WorkerActor:
 
     async def _start(self, name: str) -> str:
         # Here, since driver, keeper and coordinator only name this class, and need no torch.
-        from workers.server import WorkerServer
+        with not_collecting():
+            from workers.server import WorkerServer
 
         options = self._options
         self._files = fingerprint(options.model)

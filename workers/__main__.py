@@ -16,17 +16,19 @@ import logging
 import os
 import signal
 import sys
-
-import transformers
+from typing import TYPE_CHECKING
 
 from homer.checkpoint import fingerprint, until_files_change
 from homer.errors import CheckpointError, HomerError
 from homer.load_options import LOAD_HELP, TOKEN_FILE_HELP, LoadOptions, read_token
+from workers.collector import not_collecting
 from workers.logs import set_up_logging
 from workers.options import WorkerOptions
 from workers.security import SECURITY_HELP, Security
-from workers.server import WorkerServer
 from workers.tls import SERVER_NAME_HELP, Tls
+
+if TYPE_CHECKING:
+    from workers.server import WorkerServer
 
 EXIT_MISTAKE = 2
 
@@ -91,6 +93,14 @@ def parse_options(arguments: list[str] | None = None) -> WorkerOptions:
 
 async def serve(options: WorkerOptions) -> None:
     """Serve until a signal comes."""
+    # Here, so that help and mistakes do not wait for torch.
+    with not_collecting():
+        import transformers
+
+        from workers.server import WorkerServer
+
+    # Nobody watches a worker load; its log should hold whole lines.
+    transformers.utils.logging.disable_progress_bar()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -142,8 +152,6 @@ def _tell(word: str, server: WorkerServer) -> None:
 
 
 def main() -> int:
-    # Nobody watches a worker load; its log should hold whole lines.
-    transformers.utils.logging.disable_progress_bar()
     try:
         options = parse_options()
         set_up_logging(options.log_format, worker=options.name)

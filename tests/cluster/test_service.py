@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+import ray
 from google.protobuf.json_format import MessageToDict
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -18,6 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from cluster import client_request
 from cluster.client import AsyncHomerClient, HomerClient
 from cluster.client_request import ClientRequest
+from cluster.coordinator import NAMESPACE
 from cluster.errors import ServiceError
 from cluster.text import PromptTokenizer
 from homer import HomerConfig, HomerModel
@@ -464,3 +467,9 @@ def test_a_client_that_goes_away_leaves_nothing_behind(
     assert time.monotonic() - left < 30
     # The service goes on.
     assert answer(service, **ASK, sampling={"max_tokens": 2})[1].generated_tokens > 0
+
+
+def test_the_coordinator_does_without_torch(service: HomerClient) -> None:
+    coordinator: Any = ray.get_actor("shared", NAMESPACE)
+    torch = ray.get(coordinator.__ray_call__.remote(lambda _: sys.modules["torch"]))
+    assert torch is None

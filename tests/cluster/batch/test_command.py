@@ -134,9 +134,9 @@ def test_every_kind_of_line_is_answered_as_the_service_answers_it(
 def test_a_batch_that_was_killed_goes_on_and_answers_each_line_once(
     box: Sandbox, service: HomerClient, tmp_path: Path
 ) -> None:
-    count = 40
+    count = 18
     out = tmp_path / "out.jsonl"
-    line = {"context": CONTEXT * 4, "max_tokens": 24}
+    line = {"context": CONTEXT * 2, "max_tokens": 24}
     ids: list[dict[str, Any]] = [{"custom_id": f"n{n}"} if n % 2 else {} for n in range(count)]
     write(tmp_path, *[{**line, "question": f" {n}?", **ids[n]} for n in range(count)])
     command = batch(tmp_path, service.address, "--concurrency", "3")
