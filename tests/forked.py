@@ -50,6 +50,11 @@ class ForkedProgram:
         assert self._process.pid is not None
         return self._process.pid
 
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that can be read once the program has ended."""
+        return self._process.sentinel
+
     def poll(self) -> int | None:
         return self._process.exitcode
 

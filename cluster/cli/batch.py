@@ -72,7 +72,9 @@ def batch(
     """
     from cluster.batch.run import Batch
     from cluster.cli.batch_view import BatchProgress
+    from cluster.text import leave_out_torch
 
+    leave_out_torch()
     options = BatchOptions(
         input=input,
         output=output,

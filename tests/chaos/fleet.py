@@ -22,6 +22,7 @@ from cluster.errors import WorkerCallError, WorkerLostError
 from cluster.scheduler import Scheduler
 from tests.chaos.hosts import Host
 from tests.chaos.watch import Entered, WatchedClient
+from tests.forked import ForkedProgram
 from workers.options import TRANSPORTS
 
 _log = logging.getLogger(__name__)
@@ -35,21 +36,50 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
+class ForkedWorker:
+    """What `asyncio.subprocess.Process` is, for a worker that starts at once."""
+
+    def __init__(self, arguments: Sequence[str], env: dict[str, str], log: IO[bytes]) -> None:
+        self._program = ForkedProgram("workers.__main__", arguments, env, log)
+        self.pid = self._program.pid
+        self.stdout = self
+        self._ended = asyncio.Event()
+        asyncio.get_running_loop().add_reader(self._program.sentinel, self._end)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._program.poll()
+
+    async def readline(self) -> bytes:
+        return (await asyncio.to_thread(self._program.stdout.readline)).encode()
+
+    async def wait(self) -> int:
+        await self._ended.wait()
+        return self._program.wait()
+
+    def kill(self) -> None:
+        self._program.kill()
+
+    def _end(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._program.sentinel)
+        self._ended.set()
+
+
 class Seat:
     """A host and the worker on it, one incarnation after the other."""
 
     def __init__(
-        self, host: Host, command: Sequence[str], entered: Entered, log: IO[bytes]
+        self, host: Host, arguments: Sequence[str], entered: Entered, log: IO[bytes]
     ) -> None:
         self.host = host
         self.name = host.name
         self.client: WatchedClient | None = None
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: asyncio.subprocess.Process | ForkedWorker | None = None
         # The worker's own, which may be a child of what was started.
         self.pid: int | None = None
         # Set when the scheduler gave it up, whatever its process does.
         self.given_up = asyncio.Event()
-        self._command = command
+        self._arguments = arguments
         self._entered = entered
         self._log = log
         self._incarnation = 0
@@ -67,18 +97,20 @@ class Seat:
     async def start(self) -> None:
         """Start a process, and connect to it."""
         self.pid = None
-        self.process = await asyncio.create_subprocess_exec(
-            *self.host.prefix,
-            *self._command,
-            "--host",
-            self.host.listen,
-            "--insecure-no-token",
-            stdout=asyncio.subprocess.PIPE,
-            stderr=self._log,
-            cwd=REPOSITORY,
-            preexec_fn=_die_with_parent,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
-        )
+        arguments = [*self._arguments, "--host", self.host.listen, "--insecure-no-token"]
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        if self.host.prefix:
+            self.process = await asyncio.create_subprocess_exec(
+                *self.host.prefix,
+                *(sys.executable, "-m", "workers", *arguments),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=self._log,
+                cwd=REPOSITORY,
+                preexec_fn=_die_with_parent,
+                env=env,
+            )
+        else:
+            self.process = ForkedWorker(arguments, env, self._log)
         assert self.process.stdout is not None
         line = await asyncio.wait_for(self.process.stdout.readline(), START_SECONDS)
         if not line:
@@ -139,13 +171,13 @@ class Fleet:
         log: IO[bytes],
     ) -> None:
         self._scheduler = scheduler
-        command = [sys.executable, "-m", "workers", "--model", str(model), "--threads", "1"]
-        command += ["--device", "cpu", "--dtype", "float32"]
-        command += ["--peer-stall-seconds", str(PEER_STALL_SECONDS)]
+        arguments = ["--model", str(model), "--threads", "1", "--device", "cpu"]
+        arguments += ["--dtype", "float32"]
+        arguments += ["--peer-stall-seconds", str(PEER_STALL_SECONDS)]
         # Both ways for tensors to come, where there are both.
         transports = [("--transport", name) for name in TRANSPORTS]
         self.seats = [
-            Seat(host, [*command, *transport], entered, log)
+            Seat(host, [*arguments, *transport], entered, log)
             for host, transport in zip(hosts, itertools.cycle(transports), strict=False)
         ]
         self._tasks: list[asyncio.Task[None]] = []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from cluster.bench import local_workers as starter
 from cluster.bench.local_workers import LocalWorker, connected, local_workers
 from cluster.bench.scaling import JobTimes, make_job, measure_scaling, time_job
 from cluster.bench.show import scaling_table, wire_table, worker_memory_table
@@ -20,11 +23,25 @@ from cluster.sim.simulate import Scenario, simulate
 from homer.bench.bench_model import BenchSize, save_bench_model
 from homer.cost import node_flops, suffix_flops
 from homer.shape import ModelShape
+from tests.forked import ForkedProgram
 
 SMALL = BenchSize(
     layers=8, hidden=256, intermediate=512, heads=4, vocab=256, chunk=256, warmup_layers=3
 )
 RUNS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_start_at_once() -> Iterator[None]:
+    """`python -m workers …` is forked from a process that has torch."""
+
+    class Popen(ForkedProgram):
+        def __init__(self, command: list[str], env: dict[str, str], **_: object) -> None:
+            super().__init__("workers.__main__", command[3:], env)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(starter, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Popen}))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +107,7 @@ def test_the_simulator_is_within_15_percent_of_real_workers(
 
     What else the machine does only makes a run longer than foretold, so the best of a few counts.
     """
-    tokens = 12_000
+    tokens = 6_000
 
     async def run(turn: int) -> JobTimes:
         async with connected(workers[:count]) as clients:
