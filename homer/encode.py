@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -153,12 +154,15 @@ class TreeEncoder:
 
         The shards of children move into the results.
         """
-        running = deque(
-            self._begin_leaf(node, given)
-            if isinstance(given, torch.Tensor)
-            else self._begin_merge(node, given)
-            for node, given in zip(nodes, inputs, strict=True)
-        )
+        if self.plan.prefix_len and self.plan.height:
+            self.prefix_kv()
+        with self.stack.embeddings_held() if nodes[0].is_leaf else nullcontext():
+            running = deque(
+                self._begin_leaf(node, given)
+                if isinstance(given, torch.Tensor)
+                else self._begin_merge(node, given)
+                for node, given in zip(nodes, inputs, strict=True)
+            )
         self.stack.run_together(
             [one.run for one in running], range(nodes[0].layer_start, nodes[0].layer_end)
         )
@@ -196,7 +200,8 @@ class TreeEncoder:
     def choose_batch_size(self, node_id: NodeId, free_bytes: int) -> int:
         """How many leaves of a subtree to run together in `free_bytes` of memory.
 
-        More than one only where weights are offloaded: elsewhere nothing is gained.
+        More than one only where weights are offloaded, or in parts on several ranks: elsewhere
+        nothing is gained.
         """
         if not self.stack.offloads:
             return 1

@@ -20,7 +20,6 @@ from homer.errors import BiasError, ConfigError, PromptError
 from homer.generation import generate_tokens
 from homer.load_options import LoadOptions
 from homer.loading import load_model
-from homer.memory import least_memory
 from homer.plan import MergePlan
 from homer.sampling import SamplingParams
 from homer.shape import ModelShape, defaults_for
@@ -150,7 +149,7 @@ class HomerModel:
         plan = self.plan(len(prefix_ids), len(context_ids), len(suffix_ids))
         encoder = TreeEncoder(self.stack, plan, prefix_ids, suffix_ids, self.bias)
         batch = self.leaf_batch_size or encoder.choose_batch_size(
-            plan.root.id, least_memory(self.stack.devices).free_bytes // 2
+            plan.root.id, self.stack.free_bytes() // 2
         )
         root = encoder.run_subtree(plan.root.id, context_ids, on_node, leaf_batch_size=batch)
         return encoder.finish(root)

@@ -6,20 +6,23 @@ The layers are transformers' own modules. Knows nothing about plans or trees.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from torch import distributed
 
 from homer import attention
 from homer.attention import LayerPass, NodePass
-from homer.devices import execution_device, offloaded_parts, weights_held
+from homer.devices import execution_device, offloaded_parts, weights_cut, weights_held
 from homer.errors import ModelError, PromptError
 from homer.families import CacheRow, Window, cache_row, family_of, layer_windows
 from homer.footprint import Footprint
 from homer.heads import ALL_HEADS, HeadGroup
+from homer.memory import least_memory
 from homer.rotary import Rotary
 
 _CHECK_TOKENS, _CHECK_PAST = 12, 4
@@ -49,8 +52,8 @@ class LayerStack:
     """Embedding, decoder layers and output head of a model.
 
     Its layers may lie on several devices, and their weights outside of them (accelerate's
-    `device_map`). KV rows stay on the device of their layer; whatever else goes in and out is on
-    `device`.
+    `device_map`), or in parts on several ranks (ZeRO-3). KV rows stay on the device of their layer;
+    whatever else goes in and out is on `device`.
 
     Parameters
     ----------
@@ -89,6 +92,7 @@ class LayerStack:
         self.device = execution_device(model.get_input_embeddings())
         self.layer_devices = [execution_device(layer) for layer in self.layers]
         self._offloaded = [offloaded_parts(layer) for layer in self.layers]
+        self._offloaded_embeddings = offloaded_parts(model.get_input_embeddings())
         self.windows: list[Window | None] = layer_windows(self.config)
         self.cache_row = cache_row(self.config, self.family)
         # Which of the heads of a row are here.
@@ -153,6 +157,22 @@ class LayerStack:
         """Whether weights of layers are brought in each time that they are used."""
         return any(self._offloaded)
 
+    def free_bytes(self) -> int:
+        """Memory that is free for rows.
+
+        Where each of several ranks has a part of the weights, and all rows, it is what the one with
+        least has: all of them call this together, and then choose alike.
+        """
+        free = least_memory(self.devices).free_bytes
+        parts = (part for layer in self._offloaded for part in layer)
+        if any(map(weights_cut, parts)):
+            least = torch.tensor(free, device=self.device)
+            distributed.all_reduce(least, op=distributed.ReduceOp.MIN)
+            # On the CPU they take from the same memory.
+            sharing = distributed.get_world_size() if self.device.type == "cpu" else 1
+            free = int(least) // sharing
+        return free
+
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
@@ -179,6 +199,10 @@ class LayerStack:
                 f"model's vocabulary has {self.vocab_size} entries; use the model's own tokenizer"
             )
         return ids.to(device=self.device, dtype=torch.int64)
+
+    def embeddings_held(self) -> AbstractContextManager[None]:
+        """Inside, embeddings that are offloaded are brought in once."""
+        return weights_held(self._offloaded_embeddings)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of shape (tokens, hidden_size)."""
@@ -224,7 +248,7 @@ class LayerStack:
                 run.layer_pass.positions = run.position_ids.to(device)
                 rotations[place] = send_to_device(rotations[place], device)
             for layer in together:
-                with weights_held(self._offloaded[layer]):
+                with weights_held(self._offloaded[layer] if len(runs) > 1 else ()):
                     for run, by_kind in zip(runs, rotations, strict=True):
                         rotation = by_kind[self._rotary.kinds[layer]]
                         self._run_layer(run, rotation, layer, is_last=layer == layers[-1])

@@ -1,7 +1,8 @@
 """What splitting a model over processes costs and saves: `python -m homer.bench.ranks`.
 
 Runs the same prompt with each engine, on ranks that it starts, and prints a table: seconds per leaf
-and per token, and each rank's memory. Knows nothing about workers.
+and per token, and each rank's memory; for ZeRO-3 also what is gathered when leaves run one by one
+and together. Knows nothing about workers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import distributed
 from torch._C._distributed_c10d import FileStore
 
 from homer.bench.bench_model import BenchSize, random_prompt, save_bench_model
+from homer.bench.gathered import count_gathered
 from homer.encode import NodeReport
 from homer.engines import ENGINES, Engine
 from homer.model import HomerModel
@@ -86,7 +88,22 @@ def measure_here(engine: Engine, rank: int, ranks: int, folder: str, store: str)
         "token_seconds": statistics.median(token_seconds),
         "weight_bytes": sum(parameter.nbytes for parameter in parameters),
         "cache_bytes": context.nbytes,
+        "gathered_bytes": gathered(homer, parts) if engine == "deepspeed-zero3" else [],
     }
+
+
+def gathered(homer: HomerModel, parts: tuple[torch.Tensor, ...]) -> list[float]:
+    """Bytes of weights gathered for each leaf of a prompt, one by one and together."""
+    prefix, context, suffix = parts
+    leaves = len(homer.plan(len(prefix), len(context), len(suffix)).leaves)
+    _, moved = count_gathered(homer.model)
+    out = []
+    for size in (1, 0):
+        homer.leaf_batch_size = size
+        moved.clear()
+        homer.compress(prefix, context, suffix)
+        out.append(moved.total() / leaves)
+    return out
 
 
 def main() -> None:
@@ -116,6 +133,13 @@ def main() -> None:
                 f"| {slowest['cache_bytes'] / 2**20:.1f} MiB |",
                 flush=True,
             )
+            if slowest["gathered_bytes"]:
+                alone, together = (count / 2**20 for count in slowest["gathered_bytes"])
+                print(
+                    f"\n{engine} gathers {alone:.1f} MiB per leaf one by one, {together:.1f} "
+                    f"together ({together / alone:.2f})",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

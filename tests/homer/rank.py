@@ -16,11 +16,14 @@ from torch import distributed
 from torch._C._distributed_c10d import FileStore
 
 from homer import HomerConfig, HomerModel
+from homer.bench.gathered import count_gathered
 from homer.errors import HomerError
 from homer.parallel import load_on_ranks
 from tests.homer.families.zoo import prompt
 
 TOKENS = 6
+# As many as memory has room for: all.
+BATCH_SIZES = (1, 0)
 CONFIG = HomerConfig(max_chunk_len=64, target_len=48, warmup_layers=2)
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
@@ -48,6 +51,21 @@ def answers(model: Any) -> list[dict[str, Any]]:
     return out
 
 
+def gathers(model: Any) -> dict[int, dict[str, int]]:
+    """How often the weights of each layer are gathered to compress a prompt, by `BATCH_SIZES`."""
+    times, _ = count_gathered(model)
+    by_size = {}
+    for size in BATCH_SIZES:
+        times.clear()
+        HomerModel(model, CONFIG, leaf_batch_size=size).compress(*prompt(3, 150, 5))
+        layers = {name.split(".")[2] for name in times if ".layers." in name}
+        by_size[size] = {
+            layer: max(times[name] for name in times if f".layers.{layer}." in name)
+            for layer in sorted(layers)
+        } | {"embeddings": times["model.embed_tokens.weight"]}
+    return by_size
+
+
 def main(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -62,6 +80,8 @@ def main(rank: int, size: int, folder: str) -> None:
         try:
             model = load_on_ranks(path, engine, device="cpu", dtype="float32")
             done.append({"answers": answers(model)})
+            if engine == "deepspeed-zero3":
+                done[-1]["gathers"] = gathers(model)
         except HomerError as error:
             done.append({"refused": str(error)})
     print(json.dumps(done), flush=True)

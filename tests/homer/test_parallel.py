@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
+from homer import MergePlan
 from homer.engines import Engine, check_engine
 from homer.errors import ConfigError
 from homer.loading import load_model
 from homer.parallel import load_on_ranks
-from tests.homer.families.zoo import model_dir
-from tests.homer.rank import CHANGES, answers
+from tests.homer.families.zoo import LAYERS, model_dir
+from tests.homer.rank import BATCH_SIZES, CHANGES, CONFIG, answers
 
 pytest.importorskip("deepspeed")
 
@@ -96,6 +97,22 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
         else:
             whole = engine == "deepspeed-zero3" or name in ("phi3", "deepseek-v3")
             assert_same(name, said, parts=1 if whole else 2)
+            for one in said:
+                if engine == "deepspeed-zero3":
+                    assert_gathered_once_for_all_leaves(one["gathers"])
+
+
+def assert_gathered_once_for_all_leaves(gathers: dict[str, dict[str, int]]) -> None:
+    plan = MergePlan.build(3, 150, 5, LAYERS, CONFIG)
+    alone, together = (gathers[str(size)] for size in BATCH_SIZES)
+    # Once more for the prefix, and for the question behind all.
+    assert alone["embeddings"] == len(plan.leaves) + 3
+    assert together["embeddings"] == 4
+    for layer in range(LAYERS):
+        nodes = [node for node in plan.nodes if node.layer_start <= layer < node.layer_end]
+        levels = {node.id.height for node in nodes}
+        assert alone[str(layer)] == len(nodes) + 2
+        assert together[str(layer)] == len(levels) + 2
 
 
 @pytest.mark.parametrize(

@@ -103,13 +103,24 @@ def test_a_request_that_is_refused_harms_no_rank(pair: dict[str, WorkerProcess])
     release(again, [worker])
 
 
-def test_weights_in_parts_answer_as_whole_ones() -> None:
+def test_weights_in_parts_answer_as_whole_ones_and_leaves_run_together() -> None:
     parts = prompt(3, 150, 5)
     model = HomerModel.from_pretrained(model_dir("llama3"), CONFIG, device="cpu", dtype="float32")
     expected = model.generate(model.compress(*parts), max_new_tokens=TOKENS, ignore_eos=True)
-    across = Prompt.of("parts", model.plan(*map(len, parts)), [part[None] for part in parts])
-    with running_workers(model_dir("llama3"), "--engine", "deepspeed-zero3") as workers:
-        assert run_across(across, workers, 0, max_tokens=TOKENS).tokens == expected.tolist()
+    plan = model.plan(*map(len, parts))
+    across = Prompt.of("parts", plan, [part[None] for part in parts])
+    options = ("--engine", "deepspeed-zero3", "--ranks", "2")
+    with running_workers(model_dir("llama3"), *options) as (worker,):
+        subtree = across.subtree(plan.root.id)
+        events = list(worker.stub.RunSubtree(subtree, timeout=CALL_SECONDS))
+        # Those that run together have even parts of the time.
+        leaves = {event.compute_seconds for event in events if not event.node.height}
+        assert len(leaves) == 1 < len(plan.leaves)
+        answer = worker.stub.GenerateTokens(across.generate([], TOKENS), timeout=CALL_SECONDS)
+        tokens = [event.token.token_id for event in answer if event.HasField("token")]
+        assert tokens == expected.tolist()
+        release(across, [worker])
+        assert worker.holds_nothing()
 
 
 def test_a_group_that_cannot_load_says_why(tmp_path: Path) -> None:
