@@ -62,25 +62,25 @@ def test_the_plain_model_answers_inside_its_window(
     model: HomerModel, asker: Asker, task: tasks.Task
 ) -> None:
     right = 0
-    for number in range(20):
+    for number in range(12):
         asked = asker.ask(task, WINDOW - 40, number)
         prompt = torch.cat((asked.prefix, asked.context, asked.suffix))[None]
         out = model.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10
         )
         right += asker.is_right(asked, out[0, prompt.shape[1] :])
-    assert right >= 19
+    assert right >= 11
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_homer_answers_at_eight_windows(model: HomerModel, asker: Asker, task: tasks.Task) -> None:
     right = 0
-    for number in range(10):
+    for number in range(6):
         asked = asker.ask(task, 8 * WINDOW, number)
         context = model.compress(asked.prefix, asked.context, asked.suffix)
         assert len(context.position_ids) <= SETTINGS.target_len
         right += asker.is_right(asked, model.generate(context, max_new_tokens=10))
-    assert right >= 8
+    assert right >= 5
 
 
 def test_what_is_shipped_fits_together_and_is_small(model: HomerModel) -> None:
