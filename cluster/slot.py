@@ -18,7 +18,7 @@ from cluster.job import WorkerClient
 from cluster.options import ServeOptions
 from cluster.worker_actor import WorkerProcess
 from cluster.worker_client import GrpcWorkerClient
-from homer.errors import CheckpointError, HomerError
+from homer.errors import BiasError, CheckpointError, HomerError
 
 _log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ class Slot:
                 if isinstance(error, HomerError)
                 else PlacementError(f"worker-{self.number} cannot start: {error}")
             )
-        if isinstance(error, CheckpointError) and actor is not None:
+        if isinstance(error, (CheckpointError, BiasError)) and actor is not None:
             # Another process would find the same files.
             self._tell(f"{error}; it is tried again when files change")
             _log.warning("worker-%d cannot serve: %s", self.number, self.reason)

@@ -16,7 +16,7 @@ import ray
 
 from cluster.options import ServeOptions
 from cluster.placement import WorkerSpec
-from homer.checkpoint import fingerprint, until_files_change
+from homer.checkpoint import FileWatch
 
 # Before anything imports gRPC: a server must not try to survive a fork that nobody makes.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -50,7 +50,7 @@ class WorkerActor:
         self._spec = spec
         self._toward = toward
         self._server: WorkerServer | None = None
-        self._files = fingerprint("")
+        self._files: FileWatch | None = None
         self._started: asyncio.Task[str] | None = None
         self._ended = asyncio.Event()
 
@@ -66,7 +66,8 @@ class WorkerActor:
 
     async def until_files_change(self) -> None:
         """Returns when the model's files are not those that were there when it was to be loaded."""
-        await until_files_change(self._options.model, self._files)
+        if self._files is not None:
+            await self._files.changed()
 
     async def until_ended(self) -> None:
         """Returns when the worker was stopped; fails when the process dies."""
@@ -84,16 +85,15 @@ class WorkerActor:
             from workers.server import WorkerServer
 
         options = self._options
-        self._files = fingerprint(options.model)
         set_up_logging(options.log_format, worker=name)
-        server = WorkerServer(
-            options.worker_options(
-                self._spec,
-                name=name,
-                host=options.worker_host or address_toward(self._toward),
-                node_cpus=_node_cpus(),
-            )
+        worker = options.worker_options(
+            self._spec,
+            name=name,
+            host=options.worker_host or address_toward(self._toward),
+            node_cpus=_node_cpus(),
         )
+        self._files = worker.watch_files()
+        server = WorkerServer(worker)
         self._server = server
         port = await server.start()
         return join_port(server.host, port)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from homer.errors import BiasError
 from homer.shape import BIAS_FILE as BIAS_FILE
@@ -62,11 +62,9 @@ def save_bias(path: str | Path, bias: torch.Tensor, info: BiasInfo) -> None:
     """Write `bias` of shape (num_layers, max_distance + 1) and what it was measured on."""
     path = Path(path)
     new = path.with_name(path.name + ".new")
-    save_file(
-        {"bias": bias.float().contiguous()},
-        new,
-        metadata={_METADATA_KEY: json.dumps(asdict(info))},
-    )
+    metadata = {_METADATA_KEY: json.dumps(asdict(info))}
+    # Not by save_file, whose files nobody else may read: a service may run as another user.
+    new.write_bytes(save({"bias": bias.float().contiguous()}, metadata=metadata))
     # A model that is loaded meanwhile finds the whole file or none.
     new.replace(path)
 

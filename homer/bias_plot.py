@@ -7,18 +7,26 @@ from pathlib import Path
 
 import torch
 
+from homer.checkpoint import check_can_write
 from homer.errors import ConfigError
 
 
-def check_can_plot() -> None:
-    """Refuse where there is no matplotlib.
+def check_can_plot(path: Path) -> None:
+    """Refuse a picture that could not be written to `path`.
 
     Raises
     ------
     ConfigError
+        Without matplotlib, for a format that it does not know, or a folder that is not there.
     """
     if find_spec("matplotlib") is None:
         raise ConfigError("plots need matplotlib: pip install matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ConfigError(f"cannot draw {path}: end its name in one of {', '.join(known)}")
+    check_can_write(path)
 
 
 def plot_bias(path: Path, bias: torch.Tensor, title: str) -> None:
@@ -29,9 +37,9 @@ def plot_bias(path: Path, bias: torch.Tensor, title: str) -> None:
     Raises
     ------
     ConfigError
-        Without matplotlib, or for a format that it does not know.
+        As `check_can_plot` does.
     """
-    check_can_plot()
+    check_can_plot(path)
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm
@@ -54,7 +62,4 @@ def plot_bias(path: Path, bias: torch.Tensor, title: str) -> None:
     figure.colorbar(
         ScalarMappable(norm, palette), ax=axes, label="layer", ticks=range(0, layers, step)
     )
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise ConfigError(f"cannot draw {path}: {error}") from error
+    figure.savefig(path, dpi=150)

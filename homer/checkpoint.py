@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from homer.errors import CheckpointError
+from homer.errors import CheckpointError, ConfigError
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
+_CONFIG_FILES = ("config.json", "adapter_config.json")
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors")
 POLL_SECONDS = 1.0
 _HEADER_LIMIT = 100 << 20
@@ -57,19 +60,77 @@ def find_shards(folder: str | Path) -> Shards | None:
     return None
 
 
-def fingerprint(folder: str | Path) -> tuple[tuple[str, int, int], ...]:
-    """Changes when a file of a model folder does: names, sizes and times; empty for a model id."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return ()
-    stats = ((file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file())
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+def model_folder(path_or_id: str | Path, revision: str | None = None) -> Path | None:
+    """The folder of a model or adapter: itself, or the snapshot of an id in the hub's cache.
+
+    None where there is neither. Asks no hub.
+    """
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        return folder
+    # Here, so that a folder needs nothing of it.
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for name in _CONFIG_FILES:
+        try:
+            file = try_to_load_from_cache(str(path_or_id), name, revision=revision)
+        except HFValidationError:
+            break
+        if isinstance(file, str):
+            return Path(file).parent
+    return None
 
 
-async def until_files_change(folder: str | Path, before: tuple[tuple[str, int, int], ...]) -> None:
-    """Returns when the files of a model folder are not those of `before`, their `fingerprint`."""
-    while await asyncio.to_thread(fingerprint, folder) == before:
-        await asyncio.sleep(POLL_SECONDS)
+def check_can_write(file: Path) -> None:
+    """Refuse a file that could not be written, before there is work to lose.
+
+    Raises
+    ------
+    ConfigError
+        When its folder is not there or may not be written to, or `file` is a folder itself.
+    """
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}; make it")
+    if not os.access(file.parent, os.W_OK):
+        raise ConfigError(f"{file} cannot be written: {file.parent} is not yours to write to")
+
+
+class FileWatch:
+    """Takes stock of files, and tells when they are others.
+
+    Parameters
+    ----------
+    *places : str or Path
+        Folders, files, or model ids, which are watched in the hub's cache.
+    revision : str, optional
+        Of the model ids.
+    """
+
+    def __init__(self, *places: str | Path, revision: str | None = None) -> None:
+        self._places = places
+        self._revision = revision
+        self._before = self._look()
+
+    async def changed(self) -> None:
+        """Returns when a file has come, gone, or has another size or time than at first."""
+        while await asyncio.to_thread(self._look) == self._before:
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _look(self) -> list[tuple[str, int, int]]:
+        found = []
+        for place in self._places:
+            path = Path(place)
+            folder = None if path.is_file() else model_folder(place, self._revision)
+            files = [path] if path.is_file() else sorted(folder.iterdir()) if folder else []
+            for file in files:
+                # It may go between two looks, and so does what a broken link is for.
+                with suppress(FileNotFoundError):
+                    stat = file.stat()
+                    found.append((str(file), stat.st_size, stat.st_mtime_ns))
+        return found
 
 
 def _indexed(folder: Path) -> Shards:

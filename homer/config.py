@@ -66,6 +66,13 @@ class HomerConfig:
     score: ScoreKind = "max_logit"
 
     def __post_init__(self) -> None:
+        whole = ("max_chunk_len", "target_len", "warmup_layers", "max_initial_chunk_len", "fan_in")
+        for field in whole:
+            value = getattr(self, field)
+            if type(value) is not int and (value is not None or field in whole[:3]):
+                raise ConfigError(f"{field} is {value!r}; set it to a whole number")
+        if type(self.refresh_suffix) is not bool:
+            raise ConfigError(f"refresh_suffix is {self.refresh_suffix!r}; set it to true or false")
         for field, least in (("max_chunk_len", 2), ("target_len", 1), ("warmup_layers", 0)):
             value = getattr(self, field)
             if value < least:

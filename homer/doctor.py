@@ -75,21 +75,25 @@ class ModelReport:
         return asdict(self)
 
 
-def examine_model(path_or_id: str | Path, document_tokens: int | None = None) -> ModelReport:
+def examine_model(
+    path_or_id: str | Path, document_tokens: int | None = None, **hub: Any
+) -> ModelReport:
     """Find out whether Homer can run a model, and how it would.
 
     Memory is told for a document of `document_tokens`, by default 16 times the model's window.
+    `hub` is as `LoadOptions.hub` gives it.
     """
+    revision = hub.get("revision")
     model_type = "unknown"
     try:
-        config = load_config(path_or_id)
+        config = load_config(path_or_id, **hub)
         model_type = config.get_text_config(decoder=True).model_type
         shape = ModelShape.of(config)
         stack = LayerStack(_build_on_meta(config))
     except ModelError as error:
         return ModelReport(str(path_or_id), model_type, supported=False, reason=str(error))
-    settings = defaults_for(path_or_id, lambda: shape)
-    calibrated, notes = _calibration(path_or_id, stack, settings)
+    settings = defaults_for(path_or_id, shape, revision)
+    calibrated, notes = _calibration(path_or_id, revision, stack, settings)
     memory = None
     try:
         memory = _memory(stack, shape, settings, document_tokens)
@@ -108,7 +112,7 @@ def examine_model(path_or_id: str | Path, document_tokens: int | None = None) ->
         attentions=_attentions(stack.model),
         shape=shape,
         config=settings,
-        setting_sources=settings_sources(path_or_id),
+        setting_sources=settings_sources(path_or_id, revision),
         local_layers=dict(Counter(_name(window) for window in stack.windows if window)),
         parameters=sum(parameter.numel() for parameter in stack.model.parameters()),
         kv_bytes_per_token=shape.kv_bytes_per_row * shape.num_layers,
@@ -149,9 +153,9 @@ def _memory(
 
 
 def _calibration(
-    path_or_id: str | Path, stack: LayerStack, settings: HomerConfig
+    path_or_id: str | Path, revision: str | None, stack: LayerStack, settings: HomerConfig
 ) -> tuple[bool, list[str]]:
-    file = find_bias(path_or_id)
+    file = find_bias(path_or_id, revision)
     if file is None:
         return False, [UNCALIBRATED] if settings.wants_bias else []
     try:

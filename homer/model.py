@@ -101,9 +101,10 @@ class HomerModel:
         `homer.loading.load_model` beside `load`: fields of `LoadOptions`, and what transformers
         takes beyond.
         """
+        revision = kwargs.get("revision", load.revision if load else None)
         model = load_model(path_or_id, load, **kwargs)
         if bias is None:
-            bias = find_bias(path_or_id)
+            bias = find_bias(path_or_id, revision)
         if isinstance(bias, (str, Path)):
             bias = load_bias(
                 bias,
@@ -112,7 +113,7 @@ class HomerModel:
             )
         if config is None:
             # From the model as it was loaded: `kwargs` may have scaled its window.
-            config = defaults_for(path_or_id, lambda: ModelShape.of(model.config))
+            config = defaults_for(path_or_id, ModelShape.of(model.config), revision)
         return cls(model, config, bias)
 
     def plan(self, prefix_len: int, context_len: int, suffix_len: int) -> MergePlan:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from homer.checkpoint import model_folder
 from homer.config import HomerConfig
 from homer.errors import CheckpointError, ConfigError, ModelError
 from homer.families import active_mlp_width, cache_row, describe_window, family_of, usable_window
@@ -25,6 +26,7 @@ UNCALIBRATED = (
     "paper's answers are worse without; the demo model's are not (docs/benchmarks.md). Measure one "
     "with homer calibrate --model MODEL --text FILE"
 )
+_LEAST = {"max_chunk_len": 2, "target_len": 1, "warmup_layers": 0}
 _VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -115,7 +117,7 @@ class ModelShape:
 def homer_defaults(
     path_or_id: str | Path, *, hub: Mapping[str, Any] | None = None, **overrides: Any
 ) -> HomerConfig:
-    """The settings for a model: `homer.json` beside it, else derived from its dimensions.
+    """The settings for a model: those in `homer.json` beside it, others from its dimensions.
 
     `overrides` that are None are left out; `hub` is as `LoadOptions.hub` gives it.
 
@@ -126,29 +128,32 @@ def homer_defaults(
     ConfigError
         When `homer.json` has unknown or wrong settings.
     """
-    return defaults_for(path_or_id, lambda: ModelShape.load(path_or_id, **(hub or {})), **overrides)
+    hub = hub or {}
+    shape = ModelShape.load(path_or_id, **hub)
+    return defaults_for(path_or_id, shape, hub.get("revision"), **overrides)
 
 
 def defaults_for(
-    path_or_id: str | Path, shape: Callable[[], ModelShape], **overrides: Any
+    path_or_id: str | Path, shape: ModelShape, revision: str | None = None, **overrides: Any
 ) -> HomerConfig:
-    """`homer_defaults` for a model of this `shape`, which is asked for where it is needed."""
+    """`homer_defaults` for a model of this `shape`."""
     given = {name: value for name, value in overrides.items() if value is not None}
-    settings = _settings_beside(path_or_id)
-    if settings is None:
-        return shape().recommended_config(**given)
-    return HomerConfig(**{**settings, **given})
+    settings = _settings_beside(path_or_id, revision)
+    return shape.recommended_config(**{**settings, **given})
 
 
-def find_bias(path_or_id: str | Path) -> Path | None:
-    """The bias file beside a model's files, if there is one."""
-    path = Path(path_or_id) / BIAS_FILE
-    return path if path.is_file() else None
+def find_bias(path_or_id: str | Path, revision: str | None = None) -> Path | None:
+    """The bias file beside a model's files, if there is one: of a model id in the hub's cache."""
+    folder = model_folder(path_or_id, revision)
+    path = None if folder is None else folder / BIAS_FILE
+    return path if path is not None and path.is_file() else None
 
 
-def settings_sources(path_or_id: str | Path | None, **given: Any) -> dict[str, str]:
+def settings_sources(
+    path_or_id: str | Path | None, revision: str | None = None, **given: Any
+) -> dict[str, str]:
     """Where the settings that are derived when nobody gives them come from, by name."""
-    settings = (None if path_or_id is None else _settings_beside(path_or_id)) or {}
+    settings = {} if path_or_id is None else _settings_beside(path_or_id, revision)
     derived = {
         "max_chunk_len": "half of the window",
         "target_len": "half of the window",
@@ -194,16 +199,22 @@ def load_config(path_or_id: str | Path, **hub: Any) -> Any:
         ) from error
 
 
-def _settings_beside(path_or_id: str | Path) -> dict[str, Any] | None:
-    file = Path(path_or_id) / DEFAULTS_FILE
-    if not file.is_file():
-        return None
+def _settings_beside(path_or_id: str | Path, revision: str | None) -> dict[str, Any]:
+    """The settings in `homer.json`: none where there is no such file."""
+    folder = model_folder(path_or_id, revision)
+    file = None if folder is None else folder / DEFAULTS_FILE
+    if file is None or not file.is_file():
+        return {}
     settings = _read_json(file)
     known = {field.name for field in dataclasses.fields(HomerConfig)}
     if unknown := settings.keys() - known:
         raise ConfigError(
             f"{file} has unknown settings {sorted(unknown)}; known are {sorted(known)}"
         )
+    try:
+        HomerConfig(**{**_LEAST, **settings})
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
     return settings
 
 

@@ -18,8 +18,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from homer.checkpoint import fingerprint, until_files_change
-from homer.errors import CheckpointError, HomerError
+from homer.errors import BiasError, CheckpointError, HomerError
 from homer.load_options import LOAD_HELP, TOKEN_FILE_HELP, LoadOptions, read_token
 from workers.collector import not_collecting
 from workers.logs import set_up_logging
@@ -129,15 +128,14 @@ async def _start(server: WorkerServer) -> None:
     Whoever watches this process would only start it again, and again.
     """
     await server.listen()
-    model = server.options.model
     while True:
-        files = fingerprint(model)
+        files = server.options.watch_files()
         try:
             return await server.load()
-        except CheckpointError as error:
+        except (CheckpointError, BiasError) as error:
             print(f"error: {error}; it is tried again when files change", file=sys.stderr)
             _tell("failed", server)
-            await until_files_change(model, files)
+            await files.changed()
         except BaseException:
             await server.stop(0)
             raise

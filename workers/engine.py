@@ -70,7 +70,7 @@ class LoadedModel:
             )
         report = LoadReport.of(model, time.perf_counter() - started)
         stack = LayerStack(model)
-        bias_path = options.bias or find_bias(options.model)
+        bias_path = options.bias or find_bias(options.model, options.load.revision)
         bias = None
         if bias_path is None:
             warn_uncalibrated()

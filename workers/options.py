@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from homer.checkpoint import FileWatch
 from homer.engines import Engine, check_engine
 from homer.errors import ConfigError
 from homer.load_options import LoadOptions
@@ -147,6 +148,11 @@ class WorkerOptions:
             )
         if self.role == "leaf" and self.engine != "torch":
             raise ConfigError(f"role leaf needs engine torch, not {self.engine}")
+
+    def watch_files(self) -> FileWatch:
+        """Notices when files that the model is loaded from are others than now."""
+        places = (self.model, self.bias, self.load.adapter)
+        return FileWatch(*filter(None, places), revision=self.load.revision)
 
     @property
     def loading(self) -> LoadOptions:

@@ -10,7 +10,8 @@ import typer
 
 from cluster.cli.load_settings import loads_a_model
 from cluster.cli.settings import AsJson
-from homer.errors import PromptError
+from homer.checkpoint import check_can_write, model_folder
+from homer.errors import ConfigError, PromptError
 from homer.load_options import LoadOptions
 from homer.shape import BIAS_FILE
 
@@ -28,7 +29,11 @@ def calibrate(
     ],
     field: Annotated[str, typer.Option(help="Field of JSON lines that holds the text.")] = "text",
     out: Annotated[
-        Path | None, typer.Option(help=f"File to write; by default {BIAS_FILE} beside the model.")
+        Path | None,
+        typer.Option(
+            help=f"File to write; by default {BIAS_FILE} beside the model's files, those of a "
+            "model id in the hub's cache of this machine."
+        ),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Also draw the bias, by distance and layer: a .png or .svg.")
@@ -40,7 +45,9 @@ def calibrate(
     ] = None,
     workers: Annotated[
         int,
-        typer.Option(min=1, help="Processes, each with a model of its own; GPUs are shared out."),
+        typer.Option(
+            min=1, help="Processes of this machine, each with a model; GPUs are shared out."
+        ),
     ] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 1,
     fresh: Annotated[bool, typer.Option(help="Forget what a stopped run has done.")] = False,
@@ -56,9 +63,6 @@ def calibrate(
     missing = [str(file) for file in text if not file.is_file()]
     if missing:
         raise PromptError(f"no such file: {', '.join(missing)}")
-    if out is None and not Path(model).is_dir():
-        raise PromptError(f"{model!r} is no folder to write {BIAS_FILE} into; give --out")
-    target = out or Path(model) / BIAS_FILE
 
     from homer.bias import BiasInfo, save_bias
     from homer.bias_plot import check_can_plot, plot_bias
@@ -66,8 +70,10 @@ def calibrate(
     from homer.shape import ModelShape
 
     if plot is not None:
-        check_can_plot()
+        check_can_plot(plot)
     shape = ModelShape.load(model, **load.hub)
+    target = out or _beside(model, load)
+    check_can_write(target)
     chunks, prefix_ids = _chunks(model, load, text, field, chunk_len, samples)
     if len(chunks) < samples:
         _say(
@@ -101,6 +107,14 @@ def calibrate(
         typer.echo(json.dumps({"bias": str(target), "shape": list(bias.shape), **vars(info)}))
     else:
         typer.echo(f"{target}: bias of {tuple(bias.shape)} from {len(chunks)} chunks")
+
+
+def _beside(model: str, load: LoadOptions) -> Path:
+    """Where a bias is found by itself: with the model's files, also those of a model id."""
+    folder = model_folder(model, load.revision)
+    if folder is None:
+        raise ConfigError(f"{model!r} has no files in the hub's cache to put a bias to; give --out")
+    return folder / BIAS_FILE
 
 
 def _chunks(

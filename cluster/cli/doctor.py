@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.exit_codes import ExitCode
+from cluster.cli.load_settings import reads_a_config
 from cluster.cli.settings import DEFAULTS, AsJson, Cpu
 from cluster.errors import PlacementError
+from homer.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from cluster.machine_checks import Check
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
+@reads_a_config
 def doctor(
+    *,
     model: Annotated[
         str | None, typer.Option(help="Folder or id of a model; only its config is read.")
     ] = None,
@@ -37,6 +41,7 @@ def doctor(
             envvar="RAY_ADDRESS",
         ),
     ] = None,
+    load: LoadOptions,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine, a model and a cluster, and say what to change. Loads no weights."""
@@ -45,7 +50,7 @@ def doctor(
     from homer.doctor import examine_model
 
     transformers.utils.logging.set_verbosity_error()
-    report = None if model is None else examine_model(model, context_tokens)
+    report = None if model is None else examine_model(model, context_tokens, **load.hub)
     checks = _check(report, cpu, host, port, address)
     if as_json:
         told = {"checks": [asdict(check) for check in checks]}

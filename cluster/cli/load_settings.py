@@ -33,5 +33,16 @@ def loads_a_model(*, device: bool) -> Callable[[Command], Command]:
     return option_group("load", options, _load)
 
 
+def reads_a_config(command: Command) -> Command:
+    """As `loads_a_model`, for commands that read no weights: only where files come from."""
+    types = get_type_hints(LoadOptions)
+    options = [
+        option(name, types[name], getattr(LoadOptions, name), LOAD_HELP[name], _PANEL)
+        for name in ("revision", "local_files_only")
+    ]
+    options.append(option(_TOKEN_FILE, Path | None, None, TOKEN_FILE_HELP, _PANEL))
+    return option_group("load", options, _load)(command)
+
+
 def _load(**given: Any) -> LoadOptions:
     return LoadOptions(token=read_token(given.pop(_TOKEN_FILE)), **given)

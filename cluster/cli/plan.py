@@ -12,10 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from cluster.cli.compression import compresses
+from cluster.cli.load_settings import reads_a_config
 from cluster.cli.settings import AsJson
 from cluster.options import CompressionOverrides
 from homer.config import HomerConfig
 from homer.errors import ConfigError
+from homer.load_options import LoadOptions
 from homer.plan import MergePlan
 from homer.shape import ModelShape, defaults_for, find_bias, settings_sources
 
@@ -23,6 +25,7 @@ _MODEL = "Model"
 _DIMENSIONS = "Model dimensions, where no --model is given (defaults: Llama-2-7B)"
 
 
+@reads_a_config
 @compresses
 def plan(
     *,
@@ -43,6 +46,7 @@ def plan(
     vocab: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
     window: Annotated[int | None, typer.Option(rich_help_panel=_DIMENSIONS)] = None,
     compression: CompressionOverrides,
+    load: LoadOptions,
     tree: Annotated[bool, typer.Option(help="Print every node.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,23 +62,26 @@ def plan(
     }
     settings = compression.given()
     given = {name: value for name, value in dimensions.items() if value is not None}
-    shape, config = _resolve(model, given, settings)
+    shape, config = _resolve(model, load, given, settings)
     merge_plan = MergePlan.build(
         prefix_tokens, context_tokens, suffix_tokens, shape.num_layers, config
     )
-    sources = settings_sources(model, **settings)
-    calibrated = None if model is None else find_bias(model) is not None
+    sources = settings_sources(model, load.revision, **settings)
+    calibrated = None if model is None else find_bias(model, load.revision) is not None
     _show(merge_plan, shape, sources, calibrated, tree=tree, as_json=as_json)
 
 
 def _resolve(
-    model: str | None, dimensions: dict[str, Any], settings: dict[str, Any]
+    model: str | None,
+    load: LoadOptions,
+    dimensions: dict[str, Any],
+    settings: dict[str, Any],
 ) -> tuple[ModelShape, HomerConfig]:
     if model is not None:
         if dimensions:
             raise ConfigError("--model gives the dimensions; leave out " + ", ".join(dimensions))
-        shape = ModelShape.load(model)
-        return shape, defaults_for(model, lambda: shape, **settings)
+        shape = ModelShape.load(model, **load.hub)
+        return shape, defaults_for(model, shape, load.revision, **settings)
     shape = ModelShape(**dimensions)
     if "num_heads" in dimensions and "num_kv_heads" not in dimensions:
         shape = dataclasses.replace(shape, num_kv_heads=shape.num_heads)

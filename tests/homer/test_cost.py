@@ -16,7 +16,7 @@ from homer.encode import TreeEncoder
 from homer.errors import ConfigError, ModelError
 from homer.plan import NodeId
 from homer.report import format_bytes, format_flops, plan_facts, plan_summary, plan_table, plan_tree
-from homer.shape import ModelShape, homer_defaults
+from homer.shape import ModelShape, homer_defaults, settings_sources
 from homer.state import NodeState
 from tests.golden_cases import model_dir
 from tests.homer.tiny import random_ids
@@ -177,6 +177,31 @@ def test_shape_is_read_from_the_config_alone(tmp_path: Path) -> None:
     assert (config.max_chunk_len, config.target_len, config.warmup_layers) == (64, 50, 1)
 
 
+def test_a_homer_json_may_have_some_settings_and_no_wrong_ones(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((model_dir("G") / "config.json").read_bytes())
+    settings = tmp_path / "homer.json"
+    settings.write_text('{"max_chunk_len": 100, "plan": "paper"}')
+    config = homer_defaults(tmp_path, fan_in=3)
+    assert (config.max_chunk_len, config.target_len, config.warmup_layers) == (100, 2048, 2)
+    assert (config.plan, config.fan_in) == ("paper", 3)
+    sources = settings_sources(tmp_path, warmup_layers=4)
+    assert sources == {
+        "max_chunk_len": "homer.json",
+        "target_len": "half of the window",
+        "warmup_layers": "given",
+    }
+    for wrong, problem in (
+        ('{"chunk": 64}', r"unknown settings \['chunk'\]"),
+        ('{"target_len": "abc"}', r"homer\.json: target_len is 'abc'; set it to a whole number"),
+        ('{"target_len": null}', r"homer\.json: target_len is None"),
+        ('{"refresh_suffix": "no"}', r"homer\.json: refresh_suffix is 'no'"),
+        ('{"fan_in": 1}', r"homer\.json: fan_in is 1"),
+    ):
+        settings.write_text(wrong)
+        with pytest.raises(ConfigError, match=problem):
+            homer_defaults(tmp_path, target_len=64, fan_in=2)
+
+
 def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
         ModelShape.load(tmp_path)
@@ -188,8 +213,5 @@ def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "num_hidden_layers": 2}')
     with pytest.raises(ModelError, match=r"transformers .* cannot read the config"):
         ModelShape.load(tmp_path)
-    (tmp_path / "homer.json").write_text('{"chunk": 64}')
-    with pytest.raises(ConfigError, match=r"unknown settings \['chunk'\]"):
-        homer_defaults(tmp_path)
     with pytest.raises(ConfigError, match="num_heads is 0"):
         ModelShape(num_heads=0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,9 +20,11 @@ from homer import HomerModel
 from homer.bias import find_bias, load_bias
 from homer.demo import MODEL_DIR
 from homer.demo.tasks import plain_text
-from homer.errors import BiasError, HomerError, PromptError
+from homer.errors import BiasError, ConfigError, HomerError, ModelError, PromptError
 from tests.cluster.conftest import poll
 from tests.golden_cases import model_dir
+from tests.homer.test_documents import write_pdf
+from tests.hub_cache import MODEL_ID, fill_hub_cache, use_hub_cache
 
 HOMER = [sys.executable, "-c", "from cluster.cli import main; main()"]
 
@@ -49,12 +53,22 @@ def run(*arguments: object) -> dict[str, object]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("usual_umask")
 def test_the_bias_lands_beside_the_model_and_is_used(model: Path, text: Path) -> None:
     before = HomerModel.from_pretrained(model)
     assert before.bias is None
     told = run("--model", model, "--text", text, "--samples", 6)
     file = find_bias(model)
     assert file is not None
+    # A service that runs as another user has to read it.
+    assert file.stat().st_mode & 0o777 == 0o644
     assert str(file) == told["bias"]
     assert (told["num_layers"], told["samples"], told["model"]) == (
         before.stack.num_layers,
@@ -67,13 +81,47 @@ def test_the_bias_lands_beside_the_model_and_is_used(model: Path, text: Path) ->
     assert torch.equal(after.bias, load_bias(file))
 
 
-def test_the_same_text_gives_the_same_bias(model: Path, text: Path, tmp_path: Path) -> None:
+def test_the_same_text_gives_the_same_bias_also_out_of_a_pdf(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    pdf = tmp_path / "text.pdf"
+    write_pdf(pdf, text.read_text(encoding="utf-8"))
     files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
-    for file in files:
-        run("--model", model, "--text", text, "--samples", 3, "--chunk-len", 64, "--out", file)
+    for source, file in zip((text, pdf), files, strict=True):
+        run("--model", model, "--text", source, "--samples", 3, "--chunk-len", 64, "--out", file)
     first, second = (load_bias(file) for file in files)
     assert first.shape[1] == 64
     assert torch.equal(first, second)
+
+
+def test_the_bias_of_a_model_id_lies_with_its_files_in_the_hubs_cache(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = use_hub_cache(tmp_path, monkeypatch)
+    with pytest.raises(ModelError, match="cannot be fetched"):
+        run("--model", MODEL_ID, "--text", text)
+    snapshots = {name: fill_hub_cache(cache, model, revision=name) for name in ("main", "v2")}
+    run("--model", MODEL_ID, "--revision", "v2", "--text", text, "--samples", 2)
+    assert find_bias(MODEL_ID, "v2") == snapshots["v2"] / "bias.safetensors"
+    assert find_bias(MODEL_ID) is None
+    assert HomerModel.from_pretrained(MODEL_ID, revision="v2").bias is not None
+    assert HomerModel.from_pretrained(MODEL_ID).bias is None
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_measured(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("homer.calibration_run.run_calibration", lambda *_: pytest.fail("measured"))
+    wanted = ["--model", model, "--text", text, "--samples", 2]
+    for out, problem in ((tmp_path / "none" / "b", "make it"), (tmp_path, "is a folder")):
+        with pytest.raises(ConfigError, match=problem):
+            run(*wanted, "--out", out)
+    for plot, problem in (
+        ("bias.docx", r"end its name in one of .*png"),
+        ("none/b.png", "make it"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            run(*wanted, "--plot", tmp_path / plot)
 
 
 def test_two_processes_killed_on_the_way_come_to_what_one_does(
