@@ -175,8 +175,9 @@ def _scored_here(run: CalibrationRun, left: range) -> Generator[torch.Tensor]:
 
 
 def _scored_by_processes(run: CalibrationRun, left: range) -> Generator[torch.Tensor]:
-    # Spawned, not forked: threads of torch do not survive a fork.
-    context = multiprocessing.get_context("spawn")
+    # Forked from a process that has torch and has run nothing: its threads do not survive a fork.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     numbers: Any = context.SimpleQueue()
     for number in range(run.workers):
         numbers.put(number)
