@@ -13,13 +13,14 @@ setup: $(READY) ## make .venv with everything in it; done once
 	@:
 
 # torch goes first and alone, so that the build that fits this machine is found before anything else
-# asks for it. Bytecode is made once here: where writing it is switched off, every process that starts
-# would compile again. Some packages ship files for other Pythons, which is no failure.
+# asks for it. Bytecode is made once, at the end and on all cores: pip would do it on one, and where
+# writing it is switched off every process that starts would compile again. Some packages ship files
+# for other Pythons, which is no failure.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Homer needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}; name another: make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
