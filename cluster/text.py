@@ -77,7 +77,8 @@ class PromptTokenizer:
 
         try:
             return cls(AutoTokenizer.from_pretrained(model, **hub))
-        except (OSError, ValueError) as error:
+        # Some want a library that is not there.
+        except (ImportError, OSError, ValueError) as error:
             raise ModelError(f"cannot load the tokenizer of {model!r}: {error}") from error
 
     def prompt_ids(self, prefix: str, context: str, suffix: str) -> PromptIds:
