@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 
 from homer import HomerConfig, HomerModel, MergePlan
 from homer.config import ScoreKind
-from homer.context import CompressedContext, KVRows
 from homer.encode import TreeEncoder
 from homer.errors import PlanError, StateError
-from homer.plan import NodeId
 from homer.stack import LayerStack
-from homer.state import KVShard, NodeState
+from tests.apart import run_apart
 from tests.homer.tiny import random_ids, tiny_llama
 
 
@@ -123,53 +121,15 @@ def test_any_cut_of_the_tree_over_any_workers_gives_the_same(
     """Subtrees run apart, children's KV stays where it was made, the root gathers the rest."""
     plan = prompt.plan
     whole = prompt.model.compress(*prompt.parts)
-    cut = run_apart(prompt, {node.id: random.randrange(workers) for node in plan.nodes})
+    homes = {node.id: random.randrange(workers) for node in plan.nodes}
+    stacks = [LayerStack(tiny_llama(prompt.num_layers, prompt.kv_heads))] * workers
+    cut = run_apart(stacks, plan, prompt.parts, homes)
     assert torch.equal(cut.context_indices, whole.context_indices)
     assert torch.equal(cut.position_ids, whole.position_ids)
     assert torch.equal(cut.logits, whole.logits)
     for ours, theirs in zip(cut.layers, whole.layers, strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
-
-
-def run_apart(prompt: Prompt, homes: dict[NodeId, int]) -> CompressedContext:
-    """Run every node on the worker that `homes` names, as a cluster does."""
-    plan = prompt.plan
-    prefix_ids, context_ids, suffix_ids = prompt.parts
-    stack = LayerStack(tiny_llama(prompt.num_layers, prompt.kv_heads))
-    encoders = {
-        worker: TreeEncoder(stack, plan, prefix_ids, suffix_ids) for worker in set(homes.values())
-    }
-    left_behind: dict[int, list[KVShard]] = {worker: [] for worker in encoders}
-    done: dict[NodeId, NodeState] = {}
-    for node in plan.nodes:
-        home = homes[node.id]
-        if node.is_leaf:
-            ids = context_ids[node.context_start : node.context_end]
-            done[node.id] = encoders[home].run_subtree(node.id, ids)
-            continue
-        children = []
-        for child_id in node.children:
-            child = done.pop(child_id)
-            if homes[child_id] != home:
-                left_behind[homes[child_id]] += child.shards
-                child = child.without_shards()
-            children.append(child)
-        done[node.id] = encoders[home].merge(node.id, children)
-    root = done[plan.root.id]
-    for shards in left_behind.values():
-        for shard in shards:
-            shard.select_(root.context_indices)
-
-    def remote(layer: int) -> list[KVRows]:
-        return [
-            KVRows(shard.context_indices, *shard.layer(layer))
-            for shards in left_behind.values()
-            for shard in shards
-            if shard.layer_start <= layer < shard.layer_end
-        ]
-
-    return encoders[homes[plan.root.id]].finish(root, remote)
 
 
 def test_rows_that_are_missing_or_there_twice_are_an_error() -> None:

@@ -1,9 +1,9 @@
 """The algorithm once more, written out slowly in float64 from its description, for any family.
 
 Shares no code with `homer`: attention, windows, merging, pruning and the paper's plan stand here
-in the plainest form that they have. Of transformers it uses the weights and the modules that work
-on each token alone (projections, norms, MLPs, embedding, output head); what lies between them comes
-from `descriptions`, rotations from `rotations`.
+in the plainest form that they have; other plans are given in numbers. Of transformers it uses the
+weights and the modules that work on each token alone (projections, norms, MLPs, embedding, output
+head); what lies between them comes from `descriptions`, rotations from `rotations`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,47 @@ class State:
     cache: list[Rows] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Node:
+    """A node of a plan: the layers it runs, the context tokens it keeps at most, what is below it.
+
+    `below` is a leaf's span of the context, or the nodes that are merged.
+    """
+
+    layers: range
+    keep: int
+    below: tuple[int, int] | list[Node]
+
+    @property
+    def longest_leaf(self) -> int:
+        if isinstance(self.below, tuple):
+            return self.below[1] - self.below[0]
+        return max(node.longest_leaf for node in self.below)
+
+
+def paper_plan(
+    affix_len: int, context_len: int, depth: int, *, chunk: int, target: int, warmup: int
+) -> Node:
+    """The plan of the paper, for a context that takes more than one chunk."""
+    room = chunk - affix_len
+    height = math.ceil(math.log2(math.ceil(context_len / room)))
+    leaf_len = math.ceil(context_len / 2**height)
+    spans = [(i * leaf_len, min((i + 1) * leaf_len, context_len)) for i in range(2**height)]
+    per_node, left_over = divmod(depth - warmup, height + 1)
+
+    def build(level: int, index: int, keep: int) -> Node:
+        end = warmup + left_over + per_node * (level + 1)
+        if level == 0:
+            return Node(range(end), keep, spans[index])
+        first, last = spans[(2 * index + 1) * 2 ** (level - 1)]
+        right = min(last - first, room // 2)
+        left = room - right if right < room // 2 else room // 2
+        children = [build(level - 1, 2 * index + i, kept) for i, kept in enumerate((left, right))]
+        return Node(range(end - per_node, end), keep, children)
+
+    return build(height, 0, target - affix_len)
+
+
 class Reference:
     def __init__(self, model: Any, description: Description) -> None:
         self.model, self.about = model, description
@@ -42,7 +83,7 @@ class Reference:
         self.base = base.model if not hasattr(base, "layers") else base
         self.config = self.base.config
         self.score_kind = "max_logit"
-        self.suffix_len = 0
+        self.prefix_len = self.suffix_len = 0
 
     def embed(self, ids: list[int]) -> Tensor:
         table = self.model.get_input_embeddings()
@@ -52,16 +93,19 @@ class Reference:
         normed = getattr(self.base, self.about.norm)(hidden)
         return self.about.logits(self.config, self.model.get_output_embeddings()(normed))
 
-    def sees(self, layer: int, query: int, key: int) -> bool:
+    def sees(self, layer: int, queries: list[int], keys: list[int]) -> Tensor:
+        """What the layer's window lets positions see of others: (queries, keys)."""
         config = self.config
         kinds = getattr(config, "layer_types", None)
         window = getattr(config, "sliding_window", None)
         kind = kinds[layer] if kinds else "sliding_attention"
+        query, key = torch.tensor(queries)[:, None], torch.tensor(keys)
         if kind == "sliding_attention" and window is not None:
-            return abs(query - key) < window
+            return (query - key).abs() < window
         if kind == "chunked_attention":
-            return query // config.attention_chunk_size == key // config.attention_chunk_size
-        return True
+            size = config.attention_chunk_size
+            return query // size == key // size
+        return torch.ones(len(queries), len(keys), dtype=torch.bool)
 
     def angles(self, layer: int, head_dim: int, span: int) -> tuple[Tensor, float]:
         rope = self.config.rope_parameters
@@ -111,8 +155,8 @@ class Reference:
         past: Rows | None,
         past_positions: list[int],
         span: int,
-    ) -> tuple[Tensor, Rows, Tensor]:
-        """Hidden states after the layer, its new rows, the last query's score of each new key."""
+    ) -> tuple[Tensor, Rows, Rows]:
+        """Hidden states after the layer, its new rows, the raw logits of the new keys and these."""
         about, config = self.about, self.config
         module = self.base.layers[layer]
         kept: list[Any] = []
@@ -124,15 +168,12 @@ class Reference:
             key, value = self.keys_and_values(layer, rows, len(query))
             head_dim = query.shape[-1]
             logits = query @ key.transpose(1, 2) * about.scale(config, head_dim)
-            kept.extend([new, self.score(logits[:, :, first:].clone(), key[:, first:])])
+            kept.extend([new, (logits[:, :, first:], key[:, first:])])
             cap = about.softcap and getattr(config, about.softcap)
             if cap:
                 logits = cap * torch.tanh(logits / cap)
-            key_positions = past_positions + positions
-            for i, query_position in enumerate(positions):
-                for j, key_position in enumerate(key_positions):
-                    if j > first + i or not self.sees(layer, query_position, key_position):
-                        logits[:, i, j] = -math.inf
+            seen = self.sees(layer, positions, past_positions + positions).tril(first)
+            logits = logits.masked_fill(~seen, -math.inf)
             sinks = getattr(getattr(module, about.attention), "sinks", None)
             if sinks is not None:
                 sink = sinks[:, None, None].expand(-1, len(positions), 1)
@@ -145,59 +186,52 @@ class Reference:
         return hidden, kept[0], kept[1]
 
     def score(self, logits: Tensor, key: Tensor) -> Tensor:
-        """Scores of the new keys from the logits of all queries: (heads, tokens, tokens)."""
+        """Scores of a node's keys from the logits of all its queries: (heads, tokens, tokens)."""
         tokens = logits.shape[-1]
         if self.score_kind == "max_logit":
             return logits[:, -1].amax(0)
         if self.score_kind == "key_norm":
             return -(key**2).sum(-1).sqrt().mean(0)
+        if self.score_kind == "random":
+            count = tokens - self.prefix_len
+            drawn = torch.rand(
+                count, generator=torch.Generator().manual_seed(count), dtype=torch.float32
+            )
+            return torch.cat((torch.zeros(self.prefix_len), drawn))
         weights = logits.exp().tril()
         weights = weights / weights.sum(-1, keepdim=True)
         if self.score_kind == "softmax_mean":
             return weights[:, -1].mean(0)
-        mean = weights[:, -self.suffix_len :].mean(dim=(0, 1))
+        scores = weights[:, -self.suffix_len :].mean(dim=(0, 1)).tolist()
         before = tokens - self.suffix_len
-        for i in range(before):
-            near = range(max(0, i - 3), min(before, i + 4))
-            weights[0, 0, i] = sum(mean[j] for j in near) / len(near)
-        return torch.cat((weights[0, 0, :before], mean[before:]))
+        near = [scores[max(0, i - 3) : min(before, i + 4)] for i in range(before)]
+        return torch.tensor([sum(some) / len(some) for some in near] + scores[before:])
 
-    def whole_view(self, layer: int, first: int, last: int) -> bool:
-        return self.sees(layer, last, first)
-
-    def run_node(
-        self,
-        state: State,
-        layers: range,
-        prefix_len: int,
-        suffix_len: int,
-        keep: int,
-        span: int,
-        bias: Tensor | None,
-        compete: tuple[int, int],
-    ) -> State:
-        """Run layers over prefix, context and suffix, then prune the context to `keep` tokens."""
-        scores: dict[int, Tensor] = {}
-        for layer in layers:
-            state.hidden, new, scores[layer] = self.run_layer(
+    def run_node(self, state: State, node: Node, span: int, bias: Tensor | None) -> State:
+        """Run a node's layers over prefix, context and suffix, then prune the context."""
+        prefix_len, suffix_len = self.prefix_len, self.suffix_len
+        seen: dict[int, Rows] = {}
+        for layer in node.layers:
+            state.hidden, new, seen[layer] = self.run_layer(
                 layer, state.hidden, state.positions, None, [], span
             )
             state.cache.append(new)
         count = len(state.indices)
-        if keep >= count:
+        if node.keep >= count:
             return state
         # The last layer whose last query sees the whole chunk; where there is none, the last layer.
-        judging = [layer for layer in layers if self.whole_view(layer, *compete)] or [layers[-1]]
-        score = scores[judging[-1]]
+        whole = [layer for layer in node.layers if self.sees(layer, [span - 1], [prefix_len])]
+        judge = (whole or node.layers)[-1]
+        score = self.score(*seen[judge])
         if bias is not None:
             last = state.positions[-1]
-            score = score - bias[judging[-1]][[last - position for position in state.positions]]
-        context = score[prefix_len : prefix_len + count]
-        kept = sorted(sorted(range(count), key=lambda i: (-context[i].item(), i))[:keep])
+            score = score - bias[judge][[last - position for position in state.positions]]
+        context = score[prefix_len : prefix_len + count].tolist()
+        kept = sorted(sorted(range(count), key=lambda i: (-context[i], i))[: node.keep])
         rows = [
             *range(prefix_len),
             *(prefix_len + i for i in kept),
-            *range(prefix_len + count, len(state.positions)),
+            *range(prefix_len + count, prefix_len + count + suffix_len),
         ]
         return State(
             state.hidden[rows],
@@ -206,24 +240,26 @@ class Reference:
             [(key[:, rows], value[:, rows]) for key, value in state.cache],
         )
 
-    def merge(self, left: State, right: State, prefix_len: int, suffix_len: int) -> State:
-        def join(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    def merge(self, children: list[State]) -> State:
+        prefix_len, suffix_len = self.prefix_len, self.suffix_len
+
+        def join(parts: list[Tensor], dim: int) -> Tensor:
             def cut(x: Tensor) -> tuple[Tensor, ...]:
                 middle = x.shape[dim] - prefix_len - suffix_len
                 return x.split([prefix_len, middle, suffix_len], dim=dim)
 
-            (p, c, s), (q, d, t) = cut(a), cut(b)
-            return torch.cat(((p + q) / 2, c, d, (s + t) / 2), dim=dim)
+            prefixes, contexts, suffixes = zip(*map(cut, parts), strict=True)
+            prefix, suffix = (sum(x[1:], x[0]) / len(x) for x in (prefixes, suffixes))
+            return torch.cat((prefix, *contexts, suffix), dim=dim)
 
-        end = -suffix_len
+        first, last = children[0].positions[:prefix_len], children[-1].positions[-suffix_len:]
+        contexts = [position for c in children for position in c.positions[prefix_len:-suffix_len]]
+        layers = zip(*(child.cache for child in children), strict=True)
         return State(
-            join(left.hidden, right.hidden, 0),
-            left.positions[:end] + right.positions[prefix_len:],
-            left.indices + right.indices,
-            [
-                (join(a, c, 1), join(b, d, 1))
-                for (a, b), (c, d) in zip(left.cache, right.cache, strict=True)
-            ],
+            join([child.hidden for child in children], 0),
+            first + contexts + last,
+            [index for child in children for index in child.indices],
+            [(join([k for k, _ in rows], 1), join([v for _, v in rows], 1)) for rows in layers],
         )
 
     def compress(
@@ -232,49 +268,31 @@ class Reference:
         context: list[int],
         suffix: list[int],
         *,
-        chunk: int,
-        target: int,
-        warmup: int,
+        plan: Node,
         refresh: bool,
+        score: str = "max_logit",
         bias: Tensor | None = None,
     ) -> tuple[State, Tensor, int]:
-        """The paper's plan. The final state, the logits after it, and the next position."""
-        p, n, s, depth = len(prefix), len(context), len(suffix), len(self.base.layers)
-        room = chunk - p - s
-        height = math.ceil(math.log2(math.ceil(n / room)))
-        leaf_len = math.ceil(n / 2**height)
-        spans = [(i * leaf_len, min((i + 1) * leaf_len, n)) for i in range(2**height)]
-        per_node, left_over = divmod(depth - warmup, height + 1)
-        span = p + leaf_len + s
-        compete = (p, span - 1)
+        """The final state, the logits after it, and the next position."""
+        self.prefix_len, self.suffix_len, self.score_kind = len(prefix), len(suffix), score
+        suffix_start = len(prefix) + plan.longest_leaf
+        span = suffix_start + len(suffix)
 
-        def build(level: int, index: int, limit: int) -> State:
-            start = 0 if level == 0 else warmup + left_over + per_node * level
-            layers = range(start, warmup + left_over + per_node * (level + 1))
-            if level == 0:
-                first, end = spans[index]
+        def run(node: Node) -> State:
+            if isinstance(node.below, tuple):
+                first, end = node.below
                 state = State(
                     self.embed(prefix + context[first:end] + suffix),
-                    [
-                        *range(p),
-                        *range(p, p + end - first),
-                        *range(p + leaf_len, p + leaf_len + s),
-                    ],
+                    [*range(len(prefix) + end - first), *range(suffix_start, span)],
                     list(range(first, end)),
                 )
             else:
-                right_first = spans[(2 * index + 1) * 2 ** (level - 1)]
-                right_len = right_first[1] - right_first[0]
-                limits = [p + room // 2 + s] * 2
-                if right_len < room // 2:
-                    limits = [chunk - right_len, p + s + right_len]
-                children = [build(level - 1, 2 * index + i, limits[i]) for i in range(2)]
-                state = self.merge(children[0], children[1], p, s)
-            return self.run_node(state, layers, p, s, limit - p - s, span, bias, compete)
+                state = self.merge([run(child) for child in node.below])
+            return self.run_node(state, node, span, bias)
 
-        state = build(height, 0, min(target, p + s + n))
+        state = run(plan)
         logits = self.logits(state.hidden[-1:])[0]
-        if refresh and height > 0:
+        if refresh:
             logits = self.refresh(state, suffix, span)
         return state, logits, span
 

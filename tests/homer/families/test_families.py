@@ -5,31 +5,76 @@ independent implementation for prompts that don't.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from homer import HomerConfig, HomerModel
+from homer import HomerConfig, HomerModel, MergePlan
 from homer.calibration import measure_bias
 from homer.config import ScoreKind
+from homer.context import CompressedContext
 from homer.decode import DecodeCache, decode_step
 from homer.errors import ConfigError
 from homer.families import FAMILIES
+from homer.stack import LayerStack
+from tests.apart import run_apart
 from tests.homer.families.descriptions import DESCRIPTIONS
-from tests.homer.families.reference import Reference, State
-from tests.homer.families.zoo import MODELS, load_plain, model_dir, prompt
+from tests.homer.families.reference import Node, Reference, State, paper_plan
+from tests.homer.families.zoo import LAYERS, MODELS, load_plain, model_dir, prompt
 
 FITS = HomerConfig(max_chunk_len=200, target_len=200, warmup_layers=2)
-LENGTHS = (3, 150, 5)
-CHUNK, TARGET, WARMUP = 64, 48, 2
+SHORT = FITS.replace(max_chunk_len=64, target_len=48)
+PREFIX, CONTEXT, SUFFIX = LENGTHS = (3, 150, 5)
 TOKENS = 8
+
+PAPER = paper_plan(PREFIX + SUFFIX, CONTEXT, LAYERS, chunk=64, target=48, warmup=2)
+# The balanced plan by hand. A chunk has room for 56 context tokens beside the affixes, and 40 of
+# them stay in the end: three leaves of 50. The six layers above the warm-up are shared by the
+# levels, and what is left over goes to the top.
+BALANCED = Node(
+    range(6, 8),
+    40,
+    [
+        # An uneven tree: the first leaf is merged with nothing, and keeps all that it has.
+        Node(range(4, 6), 28, [Node(range(4), 50, (0, 50))]),
+        Node(range(4, 6), 28, [Node(range(4), 28, (50, 100)), Node(range(4), 28, (100, 150))]),
+    ],
+)
+THREE_AT_ONCE = Node(
+    range(5, 8),
+    40,
+    [
+        Node(range(5), 18, (0, 50)),
+        Node(range(5), 19, (50, 100)),
+        Node(range(5), 19, (100, 150)),
+    ],
+)
+PAPER_PLAN = SHORT.replace(plan="paper", refresh_suffix=False)
 
 
 @cache
 def load(name: str) -> HomerModel:
     return HomerModel.from_pretrained(model_dir(name), FITS, device="cpu", dtype="float32")
+
+
+@cache
+def compressed(name: str, config: HomerConfig, biased: bool = False) -> CompressedContext:
+    """The prompt of `LENGTHS`, compressed by a whole model."""
+    bias = random_bias() if biased else None
+    return HomerModel(load(name).model, config, bias).compress(*prompt(*LENGTHS))
+
+
+@cache
+def answer_to(name: str, config: HomerConfig) -> list[int]:
+    return load(name).generate(compressed(name, config), max_new_tokens=TOKENS).tolist()
+
+
+def random_bias() -> torch.Tensor:
+    """As large as scores are, so that it decides what stays."""
+    generator = torch.Generator().manual_seed(7)
+    return 3 * torch.randn(LAYERS, PREFIX + CONTEXT + SUFFIX, generator=generator)
 
 
 def test_every_family_is_in_the_matrix() -> None:
@@ -45,7 +90,7 @@ def test_a_prompt_that_fits_equals_the_plain_model(name: str) -> None:
         out = plain(ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
         answer = plain.generate(ids, do_sample=False, max_new_tokens=TOKENS)
         whole = plain(answer).logits[0, ids.shape[1] - 1 : -1]
-    context = hm.compress(*parts)
+    context = compressed(name, FITS)
     assert torch.equal(context.logits, out.logits[0, -1])
     for (keys, values), layer in zip(context.layers, out.past_key_values.layers, strict=True):
         assert torch.equal(keys, layer.keys[0])
@@ -54,9 +99,9 @@ def test_a_prompt_that_fits_equals_the_plain_model(name: str) -> None:
     if name == "llama-dynamic":
         # There transformers rotates each new key of an answer by other frequencies than those
         # before it; ours keep those of the prompt.
-        assert hm.generate(context, max_new_tokens=TOKENS)[0] == new[0]
+        assert answer_to(name, FITS)[0] == new[0]
         return
-    assert hm.generate(context, max_new_tokens=TOKENS).tolist() == new.tolist()
+    assert answer_to(name, FITS) == new.tolist()
     torch.testing.assert_close(hm.score(context, new), whole, rtol=0, atol=1e-4)
 
 
@@ -75,18 +120,53 @@ def assert_same(context: Any, state: State, tolerance: float) -> None:
             torch.testing.assert_close(mine.double(), other, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("refresh", [False, True], ids=["averaged", "refreshed"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_prompt_that_does_not_fit_equals_the_slow_implementation(
-    name: str, refresh: bool
-) -> None:
-    compare(name, refresh)
+def test_the_papers_plan_equals_the_slow_implementation(name: str) -> None:
+    compare(name, PAPER_PLAN, PAPER)
 
 
-@pytest.mark.parametrize("score", ["softmax_mean", "query_window", "key_norm"])
-@pytest.mark.parametrize("name", ["deepseek-v2", "gemma3", "gpt-neox", "llama3", "llama4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_default_plan_equals_the_slow_implementation(name: str) -> None:
+    compare(name, SHORT, BALANCED)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_fan_in_with_a_bias_equals_the_slow_implementation(name: str) -> None:
+    compare(name, SHORT.replace(fan_in=3), THREE_AT_ONCE, bias=True, answer=False)
+
+
+@pytest.mark.parametrize("score", [score for score in get_args(ScoreKind) if score != "max_logit"])
+@pytest.mark.parametrize("name", MODELS)
 def test_other_scores_equal_the_slow_implementation(name: str, score: ScoreKind) -> None:
-    assert compare(name, refresh=True, score=score) != compare(name, refresh=True)
+    config = SHORT.replace(fan_in=3, score=score)
+    compare(name, config, THREE_AT_ONCE, answer=False)
+    theirs, ours = compressed(name, SHORT.replace(fan_in=3), biased=True), compressed(name, config)
+    assert not torch.equal(theirs.context_indices, ours.context_indices)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("config", [SHORT, PAPER_PLAN], ids=["refreshed", "averaged"])
+def test_models_of_two_workers_equal_one(name: str, config: HomerConfig) -> None:
+    """Each loads its own, and sends the other what workers send."""
+    here, there = load(name).stack, stack_of_another(name)
+    plan = MergePlan.build(*LENGTHS, LAYERS, config)
+    homes = {node.id: node.id.index % 2 for node in plan.nodes}
+    apart = run_apart([here, there], plan, prompt(*LENGTHS), homes)
+    whole = compressed(name, config)
+    assert torch.equal(apart.context_indices, whole.context_indices)
+    assert torch.equal(apart.position_ids, whole.position_ids)
+    assert torch.equal(apart.logits, whole.logits)
+    for ours, theirs in zip(apart.layers, whole.layers, strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+@cache
+def stack_of_another(name: str) -> LayerStack:
+    # Run once over a longer prompt: what a rotation remembers of it must not show.
+    hm = HomerModel(load_plain(name), FITS)
+    hm.compress(*prompt(1, 190, 5))
+    return hm.stack
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -102,8 +182,8 @@ def test_a_calibration_bias_is_the_mean_of_the_slow_scores(name: str) -> None:
         hidden, positions = slow.embed(ids), list(range(len(ids)))
         scores = []
         for layer in range(stack.num_layers):
-            hidden, _, score = slow.run_layer(layer, hidden, positions, None, [], len(ids))
-            scores.append(score[len(prefix) :].flip(0))
+            hidden, _, seen = slow.run_layer(layer, hidden, positions, None, [], len(ids))
+            scores.append(slow.score(*seen)[len(prefix) :].flip(0))
         rows.append(torch.stack(scores))
     bias = measure_bias(stack, chunks, prefix)
     expected = torch.stack(rows).mean(0)
@@ -115,62 +195,50 @@ def test_a_score_that_nobody_knows_is_refused() -> None:
         FITS.replace(score="best")
 
 
-def test_random_scores_are_the_same_each_time_and_about_nothing() -> None:
-    config = HomerConfig(max_chunk_len=CHUNK, target_len=TARGET, warmup_layers=WARMUP)
-    hm = HomerModel(load("llama3").model, config.replace(score="random"))
-    first, second = (hm.compress(*prompt(*LENGTHS)).context_indices.tolist() for _ in range(2))
-    assert first == second
-    other = HomerModel(load("llama2").model, config.replace(score="random"))
-    assert other.compress(*prompt(*LENGTHS)).context_indices.tolist() == first
+def test_random_scores_are_the_same_for_every_model() -> None:
+    config = SHORT.replace(fan_in=3, score="random")
+    kept = {tuple(compressed(name, config).context_indices.tolist()) for name in MODELS}
+    assert len(kept) == 1
 
 
 @torch.inference_mode()
-def compare(name: str, refresh: bool, score: ScoreKind = "max_logit") -> list[int]:
-    """Compress, generate and score both ways; the indices that were kept."""
-    config = HomerConfig(
-        max_chunk_len=CHUNK,
-        target_len=TARGET,
-        warmup_layers=WARMUP,
-        plan="paper",
-        refresh_suffix=refresh,
-        score=score,
-    )
-    slow, parts = reference(name), prompt(*LENGTHS)
-    slow.score_kind, slow.suffix_len = score, LENGTHS[2]
-    hm = HomerModel(load(name).model, config)
-    context = hm.compress(*parts)
+def compare(
+    name: str, config: HomerConfig, plan: Node, bias: bool = False, answer: bool = True
+) -> None:
+    """Compress, generate and score both ways."""
+    slow = reference(name)
+    context = compressed(name, config, bias)
     state, logits, next_position = slow.compress(
-        *(part.tolist() for part in parts),
-        chunk=CHUNK,
-        target=TARGET,
-        warmup=WARMUP,
-        refresh=refresh,
+        *(part.tolist() for part in prompt(*LENGTHS)),
+        plan=plan,
+        refresh=config.refresh_suffix,
+        score=config.score,
+        bias=random_bias().double() if bias else None,
     )
     assert context.next_position == next_position
     assert_same(context, state, tolerance=2e-4)
     torch.testing.assert_close(context.logits.double(), logits, rtol=0, atol=2e-4)
-
-    answer = hm.generate(context, max_new_tokens=TOKENS)
+    if not answer:
+        return
+    tokens = answer_to(name, config)
     positions = list(range(next_position, next_position + TOKENS))
-    rest, _ = slow.run_on(
-        answer.tolist(), positions, state.cache, state.positions, span=next_position
-    )
+    rest, _ = slow.run_on(tokens, positions, state.cache, state.positions, span=next_position)
     expected = torch.cat((logits[None], rest[:-1]))
-    assert expected.argmax(-1).tolist() == answer.tolist()
-    torch.testing.assert_close(hm.score(context, answer).double(), expected, rtol=0, atol=2e-4)
-    return state.indices
+    assert expected.argmax(-1).tolist() == tokens
+    scored = load(name).score(context, torch.tensor(tokens))
+    torch.testing.assert_close(scored.double(), expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_decoded_together_are_those_decoded_alone(name: str) -> None:
     """Each answer has its own cache, its own length and its own window."""
-    hm = HomerModel(load(name).model, FITS.replace(max_chunk_len=CHUNK, target_len=TARGET))
-    contexts = [hm.compress(*prompt(3, length, 5)) for length in (20, 150, 90)]
-    alone = [hm.generate(context, max_new_tokens=TOKENS).tolist() for context in contexts]
+    configs = [FITS, SHORT, PAPER_PLAN]
+    contexts = [compressed(name, config) for config in configs]
     caches = [DecodeCache.copy_of(context, TOKENS) for context in contexts]
     answers = [[int(context.logits.argmax())] for context in contexts]
     for _ in range(TOKENS - 1):
-        logits = decode_step(hm.stack, [answer[-1] for answer in answers], caches)
+        tokens = [answer[-1] for answer in answers]
+        logits = decode_step(load(name).stack, tokens, caches)
         for answer, token in zip(answers, logits.argmax(-1).tolist(), strict=True):
             answer.append(token)
-    assert answers == alone
+    assert answers == [answer_to(name, config) for config in configs]

@@ -99,14 +99,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 12}),
-    "mixtral": ("mixtral", {"sliding_window": None, **_EXPERTS}),
+    "mixtral": ("mixtral", {"sliding_window": None, "output_router_logits": True, **_EXPERTS}),
     "qwen2": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 4},
     ),
     "qwen2-moe": ("qwen2_moe", {**_QWEN_EXPERTS, "shared_expert_intermediate_size": 24}),
     "qwen3": ("qwen3", {"head_dim": 12}),
-    "qwen3-moe": ("qwen3_moe", {**_QWEN_EXPERTS, "head_dim": 12}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {**_QWEN_EXPERTS, "head_dim": 12, "output_router_logits": True},
+    ),
     "gemma": ("gemma", {"head_dim": 12}),
     "gemma2": (
         "gemma2",
@@ -138,7 +141,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         {
             "rope_parameters": _rope("longrope", partial_rotary_factor=0.5, **_LONG),
-            "original_max_position_embeddings": 64,
+            # Prompts of one length rotate by the short factors, others by the long ones.
+            "original_max_position_embeddings": 50,
         },
     ),
     "olmo2": ("olmo2", {}),
