@@ -84,11 +84,16 @@ def load_bias(
         with safe_open(path, framework="pt") as file:
             bias: torch.Tensor = file.get_tensor("bias")
             metadata = (file.metadata() or {}).get(_METADATA_KEY)
-    except (OSError, SafetensorError) as error:
+        info = BiasInfo(**json.loads(metadata)) if metadata else None
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise BiasError(
             f"{path} is not a readable bias file ({error}); make it with `homer calibrate`"
         ) from error
-    info = BiasInfo(**json.loads(metadata)) if metadata else None
+    if bias.dim() != 2:
+        raise BiasError(
+            f"{path} has shape {tuple(bias.shape)}, and a bias has (layers, distances); make "
+            "it with `homer calibrate`"
+        )
     if num_layers is not None and bias.shape[0] != num_layers:
         raise BiasError(
             f"{path} has shape {tuple(bias.shape)}"

@@ -60,6 +60,45 @@ def find_shards(folder: str | Path) -> Shards | None:
     return None
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """An object out of a file of a checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        When the file has none.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is not valid JSON: {error}; copy or download it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds {type(value).__name__}, not an object of settings")
+    return value
+
+
+def check_generation_config(path_or_id: str | Path, revision: str | None = None) -> None:
+    """Refuse a `generation_config.json` that cannot be used.
+
+    transformers goes on without one that is no JSON: answers would not end where they should.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    folder = model_folder(path_or_id, revision)
+    file = None if folder is None else folder / "generation_config.json"
+    if file is None or not file.is_file():
+        return
+    ends = read_json(file).get("eos_token_id")
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends or 0])):
+        raise CheckpointError(
+            f"{file} has eos_token_id {ends!r}; write a token id, or a list of token ids"
+        )
+
+
 def model_folder(path_or_id: str | Path, revision: str | None = None) -> Path | None:
     """The folder of a model or adapter: itself, or the snapshot of an id in the hub's cache.
 

@@ -14,16 +14,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM
 
 from homer.adapters import add_adapter
-from homer.checkpoint import find_shards
+from homer.checkpoint import check_generation_config, find_shards
 from homer.device_map import check_modules, mend_tied_head, placement_arguments
 from homer.errors import CheckpointError, ConfigError, HomerError, ModelError
 from homer.flash import check_flash, is_flash
@@ -36,6 +39,7 @@ _log = logging.getLogger(__name__)
 _STATUS = Path("/proc/self/status")
 _FIELDS = frozenset(field.name for field in dataclasses.fields(LoadOptions))
 _NAMED = 3
+_DAMAGE = ("PytorchStreamReader", "no file named")
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def load_model(
         given["dtype"] = str(given["dtype"]).removeprefix("torch.")
     options = LoadOptions.of(options, given)
     config = load_config(path_or_id, **options.hub)
+    check_generation_config(path_or_id, options.revision)
     shards = find_shards(path_or_id)
     with _explained(path_or_id, options.attention):
         target = _choose_device(options)
@@ -214,7 +219,27 @@ def _explained(path_or_id: str | Path, attention: str) -> Iterator[None]:
         if package := FLASH_PACKAGES.get(attention):
             advice = f" Install {package} on a machine with a GPU, or use attention sdpa"
         raise ModelError(f"loading {name!r} needs a package: {error}{advice}") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except KeyError as error:
+        raise CheckpointError(
+            f"the config.json of {name!r} names {error}, which transformers "
+            f"{transformers.__version__} does not know"
+        ) from error
+    except (UnpicklingError, EOFError) as error:
+        # Their texts advise to load what is no file of weights all the same.
+        raise CheckpointError(
+            f"a file of {name!r} holds no weights ({type(error).__name__}); a file that git LFS "
+            "has not fetched, or an interrupted copy, looks so: copy or download it again"
+        ) from error
+    except (JSONDecodeError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"a file of {name!r} cannot be used: {error}; copy or download it again"
+        ) from error
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        if any(sign in str(error) for sign in _DAMAGE):
+            raise CheckpointError(
+                f"the files of {name!r} are damaged or not complete: {error}; copy or download "
+                "them again"
+            ) from error
         if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
             raise CheckpointError(
                 f"the weights of {name!r} have other sizes than its config.json says: one of them "
@@ -226,7 +251,15 @@ def _explained(path_or_id: str | Path, attention: str) -> Iterator[None]:
 def _choose_device(options: LoadOptions) -> torch.device:
     if options.device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    return torch.device(options.device)
+    try:
+        device = torch.device(options.device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {options.device!r}; use auto, cpu or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"device is {options.device!r}, but torch finds {count} GPUs here; use another, or cpu"
+        )
+    return device
 
 
 def _weight_bytes(model: Any) -> int:

@@ -7,13 +7,12 @@ where a config leaves something out. Knows nothing about trees or machines.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from homer.checkpoint import model_folder
+from homer.checkpoint import model_folder, read_json
 from homer.config import HomerConfig
 from homer.errors import CheckpointError, ConfigError, ModelError
 from homer.families import active_mlp_width, cache_row, describe_window, family_of, usable_window
@@ -70,7 +69,7 @@ class ModelShape:
             When there is no config, or Homer cannot run such a model.
         """
         file = Path(path_or_id) / "config.json"
-        plain = plain_config(_read_json(file)) if file.is_file() else None
+        plain = plain_config(read_json(file)) if file.is_file() else None
         return cls._of_decoder(plain) if plain else cls.of(load_config(path_or_id, **hub))
 
     @classmethod
@@ -173,30 +172,39 @@ def load_config(path_or_id: str | Path, **hub: Any) -> Any:
     Raises
     ------
     ModelError
-        When there is none, or transformers does not know such a model.
-    ConfigError
-        When it is no JSON.
+        When it cannot be fetched.
+    CheckpointError
+        When there is none, or transformers cannot read it.
     """
     file = Path(path_or_id) / "config.json"
     if file.is_file():
-        _read_json(file)
+        read_json(file)
     elif Path(path_or_id).is_dir():
         raise CheckpointError(
             f"{str(path_or_id)!r} has no config.json; give a Hugging Face model folder"
         )
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     try:
-        return transformers.AutoConfig.from_pretrained(path_or_id, **hub)
+        config = transformers.AutoConfig.from_pretrained(path_or_id, **hub)
     except OSError as error:
+        if cached := model_folder(path_or_id, hub.get("revision")):
+            read_json(cached / "config.json")
         raise ModelError(
             f"{str(path_or_id)!r} is no folder, and its config cannot be fetched: {error}"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(
             f"transformers {transformers.__version__} cannot read the config of "
             f"{str(path_or_id)!r}: {error}"
         ) from error
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1)
+    if layers < 1:
+        raise CheckpointError(
+            f"the config of {str(path_or_id)!r} says {layers} layers; take the model's own config"
+        )
+    return config
 
 
 def _settings_beside(path_or_id: str | Path, revision: str | None) -> dict[str, Any]:
@@ -205,7 +213,11 @@ def _settings_beside(path_or_id: str | Path, revision: str | None) -> dict[str, 
     file = None if folder is None else folder / DEFAULTS_FILE
     if file is None or not file.is_file():
         return {}
-    settings = _read_json(file)
+    try:
+        settings = read_json(file)
+    except CheckpointError as error:
+        # Its user wrote it, and workers do not read it.
+        raise ConfigError(str(error)) from error
     known = {field.name for field in dataclasses.fields(HomerConfig)}
     if unknown := settings.keys() - known:
         raise ConfigError(
@@ -216,13 +228,3 @@ def _settings_beside(path_or_id: str | Path, revision: str | None) -> dict[str, 
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
     return settings
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file} holds {type(value).__name__}, not an object of settings")
-    return value

@@ -150,6 +150,20 @@ def test_a_model_that_cannot_be_loaded_fails_in_a_process_as_here(run: Calibrati
         run_calibration(dataclasses.replace(run, workers=2), lambda done: None)
 
 
+def test_a_bias_that_is_none_is_said_to_be_so(tmp_path: Path) -> None:
+    file = tmp_path / "bias.safetensors"
+    bias = {"bias": torch.zeros(2, 8)}
+    for tensors, metadata in (
+        ({"other": torch.zeros(2, 8)}, None),
+        ({"bias": torch.zeros(8)}, None),
+        (bias, {"homer": "{"}),
+        (bias, {"homer": '{"layers": 2}'}),
+    ):
+        save_file(tensors, file, metadata=metadata)
+        with pytest.raises(BiasError, match="make it with `homer calibrate`"):
+            load_bias(file)
+
+
 def test_a_bias_is_drawn_layer_by_layer(tmp_path: Path) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         plot_bias(tmp_path / "bias.svg", torch.rand(3, 64), "Calibration bias of tiny")

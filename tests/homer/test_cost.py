@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from homer import HomerConfig, HomerModel, MergePlan
 from homer.cost import PlanCost, layer_flops
 from homer.encode import TreeEncoder
-from homer.errors import ConfigError, ModelError
+from homer.errors import CheckpointError, ConfigError, ModelError
 from homer.plan import NodeId
 from homer.report import format_bytes, format_flops, plan_facts, plan_summary, plan_table, plan_tree
 from homer.shape import ModelShape, homer_defaults, settings_sources
@@ -208,7 +208,7 @@ def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is no folder, and its config cannot be fetched"):
         ModelShape.load(tmp_path / "absent")
     (tmp_path / "config.json").write_text('{"hidden_size": 64')
-    with pytest.raises(ConfigError, match="is not valid JSON"):
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
         ModelShape.load(tmp_path)
     (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "num_hidden_layers": 2}')
     with pytest.raises(ModelError, match=r"transformers .* cannot read the config"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from homer import HomerConfig, HomerModel
 from homer.attention import NodePass
+from homer.checkpoint import FileWatch
 from homer.encode import TreeEncoder
 from homer.errors import CheckpointError, ConfigError, ModelError
 from homer.load_options import LoadOptions, read_token
 from homer.loading import load_model
 from homer.stack import LayerStack
 from tests.homer.families.zoo import model_dir, prompt
+from tests.hub_cache import MODEL_ID, fill_hub_cache, use_hub_cache
 
 CONFIG = HomerConfig(max_chunk_len=48, target_len=32, warmup_layers=2)
 PARTS = prompt(3, 300, 5)
@@ -127,6 +131,111 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"lacks 1 weights .*layers\.4\.mlp\.up_proj"):
         load_model(folder)
+
+
+def say(**settings: Any) -> Callable[[Path], object]:
+    """Write into a model's config."""
+
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+    return change
+
+
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def in_the_older_format(damage: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        weights = folder / "pytorch_model.bin"
+        torch.save(load_file(folder / "model.safetensors"), weights)
+        (folder / "model.safetensors").unlink()
+        weights.write_bytes(damage(weights.read_bytes()))
+
+    return change
+
+
+def with_an_index_that_is_none(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model-00001-of-00002.bin")
+    (folder / "pytorch_model.bin.index.json").write_text("{")
+
+
+ROPE = {"rope_theta": 10000.0}
+GENERATION = "generation_config.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (in_the_older_format(lambda whole: whole[:-100]), "damaged or not complete"),
+        (in_the_older_format(lambda _: b"version https://git-lfs.github.com/spec/v1\n"), "git LFS"),
+        (in_the_older_format(lambda _: b""), "holds no weights"),
+        (with_an_index_that_is_none, "cannot be used: Expecting property name"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "x.gguf"), "not complete"),
+        (say(num_hidden_layers="ten"), "expected int, got str"),
+        (say(num_hidden_layers=0), "says 0 layers"),
+        (say(hidden_act="squash"), "names 'squash', which transformers .* does not know"),
+        (say(rope_parameters={"rope_type": "spiral", **ROPE}), "names 'spiral'"),
+        (say(rope_parameters={"rope_type": "yarn", **ROPE}), "Missing required keys"),
+        (say(model_type="unheard"), "does not recognize this architecture"),
+        (write("config.json", b'{"model_type": "lla'), r"config\.json is not valid JSON"),
+        (write("config.json", b"[]"), r"config\.json holds list"),
+        (write(GENERATION, b'{"eos_token_id": [1,'), r"generation_config\.json is not valid JSON"),
+        (write(GENERATION, b'{"eos_token_id": ["</s>"]}'), "write a token id, or a list of"),
+    ],
+)
+def test_whatever_is_wrong_with_the_files_waits_for_others(
+    change: Callable[[Path], object], problem: str, tmp_path: Path
+) -> None:
+    """Workers wait where it is a `CheckpointError`; any other they end with, to be restarted."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir("llama3"), folder)
+    change(folder)
+    with pytest.raises(CheckpointError, match=problem):
+        load_model(folder, device="cpu")
+
+
+def test_weights_in_the_older_format_are_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir("llama3"), folder)
+    in_the_older_format(lambda whole: whole)(folder)
+    plain = load_model(model_dir("llama3")).state_dict()
+    assert all(map(torch.equal, load_model(folder).state_dict().values(), plain.values()))
+
+
+def test_a_device_that_is_not_there_is_a_mistake() -> None:
+    number = torch.cuda.device_count()
+    with pytest.raises(ConfigError, match=f"torch finds {number} GPUs here"):
+        load_model(model_dir("llama3"), device=f"cuda:{number}")
+    with pytest.raises(ConfigError, match="use auto, cpu or cuda:N"):
+        load_model(model_dir("llama3"), device="gpu")
+
+
+def test_other_files_are_noticed_wherever_a_model_adapter_or_bias_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("homer.checkpoint.POLL_SECONDS", 0.01)
+    snapshot = fill_hub_cache(use_hub_cache(tmp_path, monkeypatch), model_dir("llama3"))
+    adapter, bias = tmp_path / "adapter", tmp_path / "bias.safetensors"
+    adapter.mkdir()
+
+    async def notices(change: Callable[[], object]) -> bool:
+        watch = FileWatch(MODEL_ID, adapter, bias)
+        changed = asyncio.create_task(watch.changed())
+        before, _ = await asyncio.wait({changed}, timeout=0.1)
+        change()
+        await asyncio.wait_for(changed, 30)
+        return not before
+
+    for change in (
+        lambda: (snapshot / "model.safetensors").write_bytes(b"mended"),
+        lambda: (adapter / "adapter_config.json").write_text("{}"),
+        lambda: bias.write_bytes(b"new"),
+        bias.unlink,
+    ):
+        assert asyncio.run(notices(change))
 
 
 @pytest.fixture(scope="module")

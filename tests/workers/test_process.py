@@ -128,10 +128,14 @@ def test_a_damaged_checkpoint_is_reported_by_a_worker_that_stays(tmp_path: Path)
         assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         (told,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
         assert f"{weights} is truncated: it has {len(whole) - 100:,} bytes" in told
+        bias = folder / "bias.safetensors"
+        bias.write_bytes(b"not a bias")
         weights.unlink()
         weights.write_bytes(whole)
-        worker.wait_until_ready()
-        assert worker.ready_line.startswith("homer-worker ready ")
+        eventually(lambda: "readable bias file" in log.read_text(), 120)
+        bias.unlink()
+        while not worker.ready_line.startswith("homer-worker ready "):
+            worker.wait_until_ready()
         assert health(worker) == SERVING
         assert worker.stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest()).num_layers
     finally:
