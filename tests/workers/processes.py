@@ -183,6 +183,7 @@ class Prompt:
         max_tokens: int,
         attempt: int = 0,
         resume: Sequence[int] = (),
+        ignore_eos: bool = True,
         **sampling: Any,
     ) -> worker_pb2.GenerateTokensRequest:
         return worker_pb2.GenerateTokensRequest(
@@ -191,7 +192,7 @@ class Prompt:
             attempt=attempt,
             shard_addresses=addresses,
             sampling=sampling_pb2.SamplingParams(
-                max_tokens=max_tokens, ignore_eos=True, **sampling
+                max_tokens=max_tokens, ignore_eos=ignore_eos, **sampling
             ),
             delivered=[worker_pb2.DeliveredTokens(token_ids=resume)],
         )
@@ -245,7 +246,11 @@ def run_below_root(
 
 
 def run_across(
-    prompt: Prompt, workers: Sequence[WorkerProcess], cut_height: int, max_tokens: int = 8
+    prompt: Prompt,
+    workers: Sequence[WorkerProcess],
+    cut_height: int,
+    max_tokens: int = 8,
+    **sampling: Any,
 ) -> Answer:
     """Run a prompt to its answer across `workers`; nothing is released."""
     # A worker that ran nothing of the request knows nothing of it.
@@ -253,9 +258,8 @@ def run_across(
     places, merges = run_below_root(prompt, holders, cut_height)
     root = holders[places[prompt.plan.root.id]]
     addresses = [worker.address for worker in holders if worker is not root]
-    events = list(
-        root.stub.GenerateTokens(prompt.generate(addresses, max_tokens), timeout=CALL_SECONDS)
-    )
+    request = prompt.generate(addresses, max_tokens, **sampling)
+    events = list(root.stub.GenerateTokens(request, timeout=CALL_SECONDS))
     assert [event.WhichOneof("event") for event in events] == [
         "cache_ready",
         *["token"] * (len(events) - 2),
