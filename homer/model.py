@@ -92,6 +92,7 @@ class HomerModel:
         config: HomerConfig | None = None,
         bias: torch.Tensor | str | Path | None = None,
         load: LoadOptions | None = None,
+        leaf_batch_size: int = 0,
         **kwargs: Any,
     ) -> HomerModel:
         """Load a model in Hugging Face format.
@@ -114,7 +115,7 @@ class HomerModel:
         if config is None:
             # From the model as it was loaded: `kwargs` may have scaled its window.
             config = defaults_for(path_or_id, ModelShape.of(model.config), revision)
-        return cls(model, config, bias)
+        return cls(model, config, bias, leaf_batch_size)
 
     def plan(self, prefix_len: int, context_len: int, suffix_len: int) -> MergePlan:
         """The merge plan for a prompt of these lengths."""

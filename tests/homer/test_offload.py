@@ -146,14 +146,15 @@ def test_what_fails_inside_leaves_no_weights_behind(tmp_path: Path) -> None:
     assert [part._hf_hook for part in parts] == hooks
 
 
-def test_progress_comes_node_by_node(tmp_path: Path) -> None:
-    homer = HomerModel(tiny_llama(8), CONFIG, leaf_batch_size=4)
+def test_progress_comes_node_by_node() -> None:
+    homer = HomerModel.from_pretrained(model_dir("llama3"), CONFIG, device="cpu", leaf_batch_size=4)
     plan, reports = plan_for(CONFIG), list[NodeReport]()
     homer.compress(*PARTS, on_node=reports.append)
     assert sorted(r.node for r in reports) == sorted(node.id for node in plan.nodes)
     assert reports[-1].node == plan.root.id
-    # Depth-first still: the merge above the first leaves does not wait for the last ones.
     order = [report.node for report in reports]
+    assert order[:4] == [leaf.id for leaf in plan.leaves[:4]]
+    # Depth-first still: the merge above the first leaves does not wait for the last ones.
     assert order.index(NodeId(1, 0)) < order.index(plan.leaves[-1].id)
 
 

@@ -13,7 +13,7 @@ TOKENS = 1500
 
 
 def test_each_layer_is_brought_in_once_for_each_batch() -> None:
-    alone, pairs, together = measure_offload(TOKENS, [1, 2, 0], size=SIZE)
+    alone, pairs, together = measure_offload(TOKENS, [1, 2, 0], rounds=1, size=SIZE)
     context = TOKENS - PREFIX_TOKENS - SUFFIX_TOKENS
     plan = MergePlan.build(PREFIX_TOKENS, context, SUFFIX_TOKENS, SIZE.layers, SIZE.config)
     assert alone.leaves == pairs.leaves == together.leaves == len(plan.leaves) > 4
@@ -27,4 +27,4 @@ def test_each_layer_is_brought_in_once_for_each_batch() -> None:
     assert alone.same
     assert pairs.same
     assert together.same
-    assert alone.seconds > 0
+    assert min(alone.seconds, alone.seconds_in_memory) > 0
