@@ -1,16 +1,19 @@
 """PEFT adapters (LoRA) of a model: beside its weights, or added to them.
 
-Knows nothing about how a model is run.
+Weights may be in parts on several ranks. Knows nothing about how a model is run.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from homer.errors import CheckpointError, ModelError
 from homer.load_options import LoadOptions
@@ -42,8 +45,13 @@ def add_adapter(model: Any, options: LoadOptions) -> None:
         config.inference_mode = True
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
+            if not options.merge_adapter:
+                # It would go on with layers that are split, and an adapter of them that is not.
+                warnings.filterwarnings("error", "TP plan")
             adapted = peft.PeftModel.from_pretrained(holder, name, config=config, **options.hub)
         if options.merge_adapter:
+            if any(map(_is_part, model.parameters())):
+                _merge_into_parts(adapted)
             adapted.merge_and_unload()
     except (
         OSError, ValueError, RuntimeError, TypeError, KeyError, UserWarning, SafetensorError,
@@ -52,3 +60,44 @@ def add_adapter(model: Any, options: LoadOptions) -> None:
             f"the adapter {name!r} cannot be used with {type(model).__name__}: {error}; give a "
             "PEFT adapter that was made for this model"
         ) from error
+
+
+def _is_part(weight: torch.Tensor) -> bool:
+    """Whether a weight is a part of one, by transformers' tensor parallelism or ZeRO-3."""
+    return isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+
+
+def _merge_into_parts(adapted: Any) -> None:
+    """Merge layer by layer, each put together for that; PEFT itself adds to whole weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in adapted.modules():
+        if isinstance(layer, BaseTunerLayer):
+            with _put_together(layer):
+                layer.merge()
+
+
+@contextmanager
+def _put_together(layer: Any) -> Iterator[None]:
+    """Inside, the weights of an adapted layer are whole; the base's is in parts again behind."""
+    base = layer.get_base_layer()
+    part = base.weight
+    if hasattr(part, "ds_id"):
+        import deepspeed
+
+        # Rank 0's is what all get; they have done the same.
+        with deepspeed.zero.GatheredParameters([part], modifier_rank=0):
+            yield
+        return
+    for module in layer.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if isinstance(weight, DTensor):
+                setattr(module, name, _frozen(weight.full_tensor()))
+    yield
+    if isinstance(part, DTensor):
+        whole = base.weight.data
+        base.weight = _frozen(distribute_tensor(whole, part.device_mesh, part.placements))
+
+
+def _frozen(weight: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(weight.detach(), requires_grad=False)

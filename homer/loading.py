@@ -63,6 +63,7 @@ class LoadReport:
 def load_model(
     path_or_id: str | Path,
     options: LoadOptions | None = None,
+    runs_on: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a causal LM for inference.
@@ -72,6 +73,8 @@ def load_model(
     path_or_id : str or Path
         A folder in Hugging Face format, or a model id.
     options : LoadOptions, optional
+    runs_on : str, optional
+        The device to which something else brings the weights, where `options` say another.
     **kwargs
         Fields of `LoadOptions` take the place of those of `options`; others are passed on to
         `from_pretrained`.
@@ -101,6 +104,10 @@ def load_model(
     shards = find_shards(path_or_id)
     with _explained(path_or_id, options.attention):
         target = _choose_device(options)
+        if is_flash(options.attention):
+            check_flash(
+                options.attention, known_dtype(options, config), torch.device(runs_on or target)
+            )
         kwargs = {**_arguments(options, config, target), **kwargs}
         if "distributed_config" in kwargs:
             # Each rank's part goes to its own device.
@@ -128,8 +135,6 @@ def _arguments(options: LoadOptions, config: Any, target: torch.device) -> dict[
     arguments: dict[str, Any] = {**options.hub, "dtype": options.dtype}
     if options.attention != "auto":
         arguments["attn_implementation"] = options.attention
-        if is_flash(options.attention):
-            check_flash(options.attention, _known_dtype(options, config), target)
     if options.device_map is not None:
         arguments.update(placement_arguments(options))
     elif target.type != "cpu":
@@ -193,7 +198,7 @@ def _quiet() -> Iterator[None]:
         logger.set_verbosity(before)
 
 
-def _known_dtype(options: LoadOptions, config: Any) -> torch.dtype | None:
+def known_dtype(options: LoadOptions, config: Any) -> torch.dtype | None:
     """The type that weights will have; None where only they tell."""
     if options.dtype != "auto":
         return getattr(torch, options.dtype)

@@ -57,7 +57,7 @@ def quantization_for(config: Any, wanted: str | None) -> Any:
     ModelError
         When a library is missing, with what to install.
     """
-    own = _method(getattr(config, "quantization_config", None))
+    own = own_method(config)
     if wanted is None:
         _need_library(own)
         return None
@@ -70,6 +70,22 @@ def quantization_for(config: Any, wanted: str | None) -> Any:
         )
     _need_library(method)
     return _build(settings)
+
+
+def method_of(wanted: str) -> str | None:
+    """The method that `LoadOptions.quantization` names.
+
+    Raises
+    ------
+    ConfigError
+        When it is no name and no JSON that transformers understands.
+    """
+    return _method(_read(wanted))
+
+
+def own_method(config: Any) -> str | None:
+    """The method by which a checkpoint is quantized, by its config; None where it is not."""
+    return _method(getattr(config, "quantization_config", None))
 
 
 def _read(wanted: str) -> dict[str, Any]:

@@ -62,11 +62,7 @@ class LoadedModel:
             model = load_model(options.model, options.loading)
         else:
             model = load_on_ranks(
-                options.model,
-                options.engine,
-                device=options.load.device,
-                dtype=options.load.dtype,
-                offload=options.zero_offload,
+                options.model, options.engine, options.load, offload=options.zero_offload
             )
         report = LoadReport.of(model, time.perf_counter() - started)
         stack = LayerStack(model)

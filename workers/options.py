@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from homer.checkpoint import FileWatch
-from homer.engines import Engine, check_engine
+from homer.engines import Engine, check_engine, check_loading
 from homer.errors import ConfigError
 from homer.load_options import LoadOptions
 from workers.budget import parse_bytes
@@ -116,12 +116,7 @@ class WorkerOptions:
         if self.threads < 0:
             raise ConfigError(f"threads is {self.threads}; use 1 or more, or 0 for the default")
         check_engine(self.engine, self.ranks)
-        plain = LoadOptions(device=self.load.device, dtype=self.load.dtype, token=self.load.token)
-        if self.engine != "torch" and self.load != plain:
-            raise ConfigError(
-                f"engine {self.engine} takes of the options for loading only device and dtype; use "
-                "engine torch for revisions, attention, quantization, adapters and device maps"
-            )
+        check_loading(self.engine, self.load)
         self._check_role()
         if self.memory_budget != "auto":
             parse_bytes(self.memory_budget)

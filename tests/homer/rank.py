@@ -6,7 +6,9 @@ Loads models and compresses prompts together with the other ranks, and prints wh
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch._C._distributed_c10d import FileStore
 from homer import HomerConfig, HomerModel
 from homer.bench.gathered import count_gathered
 from homer.errors import HomerError
+from homer.load_options import LoadOptions
 from homer.parallel import load_on_ranks
 from tests.homer.families.zoo import prompt
 
@@ -31,11 +34,11 @@ CHANGES: tuple[dict[str, Any], ...] = (
 )
 
 
-def answers(model: Any) -> list[dict[str, Any]]:
-    """What a model keeps and answers, under each of `CHANGES`."""
+def answers(model: Any, changes: Sequence[dict[str, Any]] = CHANGES) -> list[dict[str, Any]]:
+    """What a model keeps and answers, under each of `changes` to the settings."""
     out = []
     parts = prompt(3, 150, 5)
-    for change in CHANGES:
+    for change in changes:
         homer = HomerModel(model, CONFIG.replace(**change))
         context = homer.compress(*parts)
         tokens = homer.generate(context, max_new_tokens=TOKENS, ignore_eos=True)
@@ -66,6 +69,17 @@ def gathers(model: Any) -> dict[int, dict[str, int]]:
     return by_size
 
 
+class Log(logging.Handler):
+    """What is told while a model is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def main(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -76,11 +90,18 @@ def main(rank: int, size: int, folder: str) -> None:
         timeout=timedelta(seconds=100),
     )
     done: list[dict[str, Any]] = []
-    for path, engine in json.load(sys.stdin):
+    log = Log()
+    logging.getLogger("homer.load_progress").addHandler(log)
+    logging.getLogger("homer.load_progress").setLevel(logging.INFO)
+    for path, engine, options in json.load(sys.stdin):
+        log.lines.clear()
         try:
-            model = load_on_ranks(path, engine, device="cpu", dtype="float32")
-            done.append({"answers": answers(model)})
-            if engine == "deepspeed-zero3":
+            model = load_on_ranks(path, engine, LoadOptions(device="cpu", **options))
+            # Many small weights, gathered one by one, take their time.
+            active = "adapter" in options and "merge_adapter" not in options
+            said = answers(model, CHANGES[:1] if active else CHANGES)
+            done.append({"answers": said, "progress": list(log.lines)})
+            if engine == "deepspeed-zero3" and "merge_adapter" in options:
                 done[-1]["gathers"] = gathers(model)
         except HomerError as error:
             done.append({"refused": str(error)})

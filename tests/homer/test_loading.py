@@ -27,7 +27,7 @@ from homer.loading import load_model
 from homer.quantization import QUANTIZATIONS, quantization_for
 from homer.shape import load_config
 from homer.stack import LayerStack
-from tests.homer.families.zoo import model_dir, prompt
+from tests.homer.families.zoo import model_dir, prompt, save_adapter
 from tests.hub_cache import MODEL_ID, fill_hub_cache, use_hub_cache
 
 CONFIG = HomerConfig(max_chunk_len=48, target_len=32, warmup_layers=2)
@@ -244,16 +244,7 @@ def test_other_files_are_noticed_wherever_a_model_adapter_or_bias_lies(
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter that changes the model's answers."""
-    peft = pytest.importorskip("peft")
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(model_dir("llama3"))
-    settings = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False,
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    peft.get_peft_model(model, settings).save_pretrained(folder)
-    return folder
+    return save_adapter("llama3", tmp_path_factory.mktemp("adapter"))
 
 
 def test_an_active_adapter_answers_as_one_that_is_merged(adapter: Path) -> None:

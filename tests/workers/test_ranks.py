@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 from homer import HomerConfig, HomerModel
+from homer.load_options import LoadOptions
 from homer.v1 import worker_pb2
-from tests.homer.families.zoo import model_dir, prompt
+from tests.homer.families.zoo import model_dir, prompt, save_adapter
 from tests.workers.processes import (
     CALL_SECONDS,
     Prompt,
@@ -103,13 +104,16 @@ def test_a_request_that_is_refused_harms_no_rank(pair: dict[str, WorkerProcess])
     release(again, [worker])
 
 
-def test_weights_in_parts_answer_as_whole_ones_and_leaves_run_together() -> None:
+def test_weights_in_parts_answer_as_whole_ones_and_leaves_run_together(tmp_path: Path) -> None:
     parts = prompt(3, 150, 5)
-    model = HomerModel.from_pretrained(model_dir("llama3"), CONFIG, device="cpu", dtype="float32")
+    adapter = str(save_adapter("llama3", tmp_path))
+    load = LoadOptions(device="cpu", dtype="float32", adapter=adapter, merge_adapter=True)
+    model = HomerModel.from_pretrained(model_dir("llama3"), CONFIG, load=load)
     expected = model.generate(model.compress(*parts), max_new_tokens=TOKENS, ignore_eos=True)
     plan = model.plan(*map(len, parts))
     across = Prompt.of("parts", plan, [part[None] for part in parts])
-    options = ("--engine", "deepspeed-zero3", "--ranks", "2")
+    engine = ("--engine", "deepspeed-zero3", "--ranks", "2")
+    options = (*engine, "--adapter", adapter, "--merge-adapter")
     with running_workers(model_dir("llama3"), *options) as (worker,):
         subtree = across.subtree(plan.root.id)
         events = list(worker.stub.RunSubtree(subtree, timeout=CALL_SECONDS))

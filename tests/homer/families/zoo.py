@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -192,6 +193,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+
+def save_adapter(name: str, folder: Path) -> Path:
+    """A random LoRA adapter of a model, large enough to change its answers."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    settings = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "up_proj", "o_proj"], init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(model_dir(name))
+    peft.get_peft_model(model, settings).save_pretrained(folder)
+    return folder
 
 
 @cache
