@@ -33,7 +33,7 @@ SIZE = BenchSize(hidden=1024, intermediate=2816, heads=16, layers=8)
 RUNS = 3
 LEAVES = 4
 TOKENS = 32
-RUN_SECONDS = 300
+RUN_SECONDS = 900
 
 
 def measure(engine: Engine, ranks: int, folder: Path) -> list[dict[str, Any]]:
