@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from cluster.bench.ideal import TreeTime
 from cluster.bench.local_workers import LocalWorker, connected, local_workers
 from cluster.job import CacheReady, Job, JobProgress, JobSummary, Sampling, TokenOut, WorkerClient
 from cluster.scheduler import Scheduler
 from homer.bench.bench_model import BenchSize, random_prompt
+from homer.config import HomerConfig
 from homer.plan import MergePlan, NodeId
 
 
@@ -58,9 +61,17 @@ def make_job(
     tokens: int, size: BenchSize, *, seed: int = 0, new_tokens: int = 1, chunk: int | None = None
 ) -> Job:
     """A job of `tokens` random prompt tokens for the bench model, in chunks of `chunk` tokens."""
-    prefix, context, suffix = (part.tolist() for part in random_prompt(tokens, size.vocab, seed))
     config = size.config.replace(max_chunk_len=chunk, target_len=chunk) if chunk else size.config
-    plan = MergePlan.build(len(prefix), len(context), len(suffix), size.layers, config)
+    parts = random_prompt(tokens, size.vocab, seed)
+    return job_of(parts, size.layers, config, new_tokens=new_tokens)
+
+
+def job_of(
+    parts: Sequence[torch.Tensor], num_layers: int, config: HomerConfig, *, new_tokens: int = 1
+) -> Job:
+    """A job for any model: prefix, context and suffix by these settings."""
+    prefix, context, suffix = (part.tolist() for part in parts)
+    plan = MergePlan.build(len(prefix), len(context), len(suffix), num_layers, config)
     sampling = Sampling(max_new_tokens=new_tokens, ignore_eos=True)
     return Job(f"bench-{uuid.uuid4().hex}", plan, prefix, context, suffix, sampling)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,13 @@ from typing import Any, cast
 from cluster.bench.bytes_moved import state_bytes
 from cluster.bench.fair_split import least_bytes
 from cluster.bench.local_workers import connected, local_workers
-from cluster.bench.scaling import make_job
-from cluster.job import CacheReady, JobProgress, WorkerClient
+from cluster.bench.scaling import job_of, make_job
+from cluster.job import CacheReady, Job, JobProgress, WorkerClient
 from cluster.scheduler import Scheduler
-from homer.bench.bench_model import BenchSize, save_bench_model
+from homer.bench.bench_model import BenchSize, random_prompt, save_bench_model
+from homer.config import PlanKind
 from homer.plan import MergePlan, NodeId, PlanNode
-from homer.shape import ModelShape
+from homer.shape import ModelShape, homer_defaults
 
 
 @dataclass(frozen=True)
@@ -57,28 +58,36 @@ class WireResult:
 def measure_wire(
     tokens: int, workers: Sequence[int] = (2, 3, 4), *, size: BenchSize | None = None
 ) -> list[WireResult]:
-    """Run one request of `tokens` tokens on each number of workers."""
+    """Run one request of `tokens` tokens on each number of workers of the bench model."""
     size = size or BenchSize()
     with tempfile.TemporaryDirectory(prefix="homer-bench-") as folder:
         save_bench_model(Path(folder), size)
-        with local_workers(Path(folder), max(workers)) as started:
-            return asyncio.run(_measure(started, tokens, workers, size, ModelShape.load(folder)))
+        return _measure(Path(folder), lambda: make_job(tokens, size), workers, "float32")
 
 
-async def _measure(
-    started: Sequence[Any], tokens: int, counts: Sequence[int], size: BenchSize, shape: ModelShape
+def measure_model_wire(
+    model: str, tokens: int, workers: Sequence[int], plan: PlanKind
 ) -> list[WireResult]:
-    results = []
-    async with connected(started) as clients:
-        for count in counts:
-            results.append(await _one_request(clients[:count], tokens, size, shape))
-    return results
+    """The same for a model with its own settings, in its own type."""
+    shape, config = ModelShape.load(model), homer_defaults(model).replace(plan=plan)
+    parts = random_prompt(tokens, shape.vocab_size)
+    return _measure(Path(model), lambda: job_of(parts, shape.num_layers, config), workers, "auto")
 
 
-async def _one_request(
-    clients: Sequence[WorkerClient], tokens: int, size: BenchSize, shape: ModelShape
-) -> WireResult:
-    job = make_job(tokens, size)
+def _measure(
+    model: Path, make: Callable[[], Job], counts: Sequence[int], dtype: str
+) -> list[WireResult]:
+    shape = ModelShape.load(model)
+
+    async def run(started: Sequence[Any]) -> list[WireResult]:
+        async with connected(started) as clients:
+            return [await _one_request(clients[:count], make(), shape) for count in counts]
+
+    with local_workers(model, max(counts), dtype=dtype) as started:
+        return asyncio.run(run(started))
+
+
+async def _one_request(clients: Sequence[WorkerClient], job: Job, shape: ModelShape) -> WireResult:
     homes: dict[NodeId, str] = {}
     kept: Sequence[int] = ()
     before = await _sent(clients)
@@ -94,7 +103,7 @@ async def _one_request(
     sent = await _sent(clients) - before
     moved = states_moved(job.plan, homes)
     return WireResult(
-        tokens=tokens,
+        tokens=job.plan.prompt_len,
         workers=len(clients),
         sent=sent,
         state_least=least_states(job.plan, shape, leaf_work(job.plan, homes)),

@@ -56,13 +56,14 @@ def overhead(
 def wire(
     tokens: Tokens = 16384,
     workers: WireWorkers = WIRE_WORKERS,
+    model: Annotated[str | None, typer.Option(help="Model folder; else the bench model.")] = None,
     plan: Annotated[PlanKind, typer.Option(help="How the context is cut.")] = "balanced",
     out: Out = OUT,
     as_json: AsJson = False,
 ) -> None:
     """Count the bytes between workers, beside the least that must travel."""
     with measuring(as_json):
-        measure_wire(tokens, workers, out, plan)
+        measure_wire(tokens, workers, out, plan, model)
 
 
 def worker_memory(
@@ -150,14 +151,19 @@ def measure_overhead(tokens: int, new_tokens: int, runs: int, out: Path) -> None
     save_results(out / "overhead.json", machine, asdict(result))
 
 
-def measure_wire(tokens: int, workers: str, out: Path, plan: PlanKind = "balanced") -> None:
+def measure_wire(
+    tokens: int, workers: str, out: Path, plan: PlanKind = "balanced", model: str | None = None
+) -> None:
     """Count and print the bytes of a request."""
     from cluster.bench import show, wire
     from homer.bench.bench_model import BenchSize
 
     machine, counts = machine_facts(), parse_numbers(workers)
     _say(f"bytes of a request of {tokens:,} tokens on {workers} workers")
-    results = wire.measure_wire(tokens, counts, size=BenchSize(plan=plan))
+    if model is None:
+        results = wire.measure_wire(tokens, counts, size=BenchSize(plan=plan))
+    else:
+        results = wire.measure_model_wire(model, tokens, counts, plan)
     print_table(machine, show.wire_table(results))
     save_results(out / "wire.json", machine, [{**asdict(r), "ratio": r.ratio} for r in results])
 

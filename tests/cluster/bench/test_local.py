@@ -14,7 +14,7 @@ from cluster.bench import local_workers as starter
 from cluster.bench.local_workers import LocalWorker, connected, local_workers
 from cluster.bench.scaling import JobTimes, make_job, measure_scaling, time_job
 from cluster.bench.show import scaling_table, wire_table, worker_memory_table
-from cluster.bench.wire import measure_wire
+from cluster.bench.wire import measure_model_wire
 from cluster.bench.worker_memory import LogFit, WorkerMemory, measure_worker_memory
 from cluster.errors import PlacementError
 from cluster.sim.costs import CostPoint, Costs
@@ -124,7 +124,7 @@ def test_the_simulator_is_within_15_percent_of_real_workers(
 
 
 def test_few_bytes_travel(model: Path) -> None:
-    (two,) = measure_wire(6000, [2], size=SMALL)
+    (two,) = measure_model_wire(str(model), 6000, [2], "balanced")
     assert two.states_moved >= 1
     # How many states move depends on how fast each worker happened to be; each travels but once.
     # That few do is tested in virtual time (`test_bytes.py`).

@@ -52,6 +52,7 @@ THREE_AT_ONCE = Node(
     ],
 )
 PAPER_PLAN = SHORT.replace(plan="paper", refresh_suffix=False)
+FAN_IN_3 = SHORT.replace(fan_in=3, refresh_suffix=False)
 
 
 @cache
@@ -132,15 +133,15 @@ def test_the_default_plan_equals_the_slow_implementation(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_any_fan_in_with_a_bias_equals_the_slow_implementation(name: str) -> None:
-    compare(name, SHORT.replace(fan_in=3), THREE_AT_ONCE, bias=True, answer=False)
+    compare(name, FAN_IN_3, THREE_AT_ONCE, bias=True, answer=False)
 
 
 @pytest.mark.parametrize("score", [score for score in get_args(ScoreKind) if score != "max_logit"])
 @pytest.mark.parametrize("name", MODELS)
 def test_other_scores_equal_the_slow_implementation(name: str, score: ScoreKind) -> None:
-    config = SHORT.replace(fan_in=3, score=score)
+    config = FAN_IN_3.replace(score=score)
     compare(name, config, THREE_AT_ONCE, answer=False)
-    theirs, ours = compressed(name, SHORT.replace(fan_in=3), biased=True), compressed(name, config)
+    theirs, ours = compressed(name, FAN_IN_3, biased=True), compressed(name, config)
     assert not torch.equal(theirs.context_indices, ours.context_indices)
 
 
@@ -196,7 +197,7 @@ def test_a_score_that_nobody_knows_is_refused() -> None:
 
 
 def test_random_scores_are_the_same_for_every_model() -> None:
-    config = SHORT.replace(fan_in=3, score="random")
+    config = FAN_IN_3.replace(score="random")
     kept = {tuple(compressed(name, config).context_indices.tolist()) for name in MODELS}
     assert len(kept) == 1
 
