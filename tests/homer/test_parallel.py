@@ -22,12 +22,15 @@ from homer.loading import load_model
 from homer.parallel import load_on_ranks
 from tests.homer.families.zoo import LAYERS, MODELS, model_dir, save_adapter
 from tests.homer.rank import BATCH_SIZES, CONFIG, answers
+from tests.hub_cache import MODEL_ID, fill_hub_cache
 from workers.options import WorkerOptions
 
 pytest.importorskip("deepspeed")
 
 PLAIN: dict[str, Any] = {"dtype": "float32"}
-ACTIVE: dict[str, Any] = {"adapter": "llama3", "local_files_only": True, "attention": "eager"}
+ACTIVE: dict[str, Any] = {
+    "adapter": "llama3", "revision": "v2", "local_files_only": True, "attention": "eager",
+}  # fmt: skip
 MERGED: dict[str, Any] = {"adapter": "llama3", "merge_adapter": True}
 Job = tuple[str, Engine, dict[str, Any]]
 # Grouped queries, with adapters; soft caps and windows; all of the attention on each rank; one row
@@ -35,7 +38,7 @@ Job = tuple[str, Engine, dict[str, Any]]
 SPLIT: list[Job] = [
     ("llama3", "deepspeed-tp", MERGED),
     ("llama3", "transformers-tp", MERGED),
-    ("llama3", "transformers-tp", ACTIVE),
+    (MODEL_ID, "transformers-tp", ACTIVE),
     ("gemma2", "deepspeed-tp", PLAIN),
     ("phi3", "transformers-tp", PLAIN),
     ("deepseek-v3", "deepspeed-tp", PLAIN),
@@ -47,9 +50,16 @@ REFUSED: list[Job] = [
 ]
 IN_PARTS: list[Job] = [
     ("sharded", "deepspeed-zero3", MERGED),
-    ("llama3", "deepspeed-zero3", ACTIVE),
+    (MODEL_ID, "deepspeed-zero3", ACTIVE),
 ]
 RUN_SECONDS = 300
+
+
+def model_path(name: str, folder: Path) -> str:
+    """A model of the families' tests, one of our own in `folder`, or an id."""
+    if name == MODEL_ID:
+        return name
+    return str(model_dir(name) if name in MODELS else folder / name)
 
 
 def run_ranks(folder: Path, size: int, jobs: Sequence[Job]) -> list[list[dict[str, Any]]]:
@@ -57,7 +67,7 @@ def run_ranks(folder: Path, size: int, jobs: Sequence[Job]) -> list[list[dict[st
     given = json.dumps(
         [
             (
-                str(model_dir(name) if name in MODELS else folder / name),
+                model_path(name, folder),
                 engine,
                 {**options, "adapter": str(folder / "adapter")}
                 if "adapter" in options
@@ -72,7 +82,12 @@ def run_ranks(folder: Path, size: int, jobs: Sequence[Job]) -> list[list[dict[st
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            env={
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": "",
+                "HF_HUB_CACHE": str(folder / "hub"),
+                "HF_HUB_OFFLINE": "1",
+            },
         )
         for rank in range(size)
     ]
@@ -118,6 +133,8 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     broken = damaged(tmp_path)
     sharded = tmp_path / "sharded"
     load_model(model_dir("llama3")).save_pretrained(sharded, max_shard_size="40KB")
+    for revision, files in (("main", tmp_path / "short"), ("v2", sharded)):
+        fill_hub_cache(tmp_path / "hub", files, revision=revision)
     jobs = [*SPLIT, *REFUSED, *IN_PARTS, *((name, "deepspeed-zero3", PLAIN) for name in broken)]
     ranks = run_ranks(tmp_path, 2, jobs)
     for number, (name, engine, options) in enumerate(jobs):
@@ -130,7 +147,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
             assert all(broken[name] in one["refused"] for one in said)
             continue
         whole = engine == "deepspeed-zero3" or name in ("phi3", "deepseek-v3")
-        known = "llama3" if name == "sharded" else name
+        known = name if name in MODELS else "llama3"
         expected = in_one_process(known, adapter if "adapter" in options else None)
         assert_same(expected, said, parts=1 if whole else 2)
         if name == "sharded":
