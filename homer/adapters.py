@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ def add_adapter(model: Any, options: LoadOptions) -> None:
     Raises
     ------
     ModelError
-        When peft is missing, or the adapter cannot be read or is another model's.
+        When peft is missing, or the adapter cannot be fetched.
+    CheckpointError
+        When the adapter cannot be read, or is another model's.
     """
     name = str(options.adapter)
     if find_spec("peft") is None:
@@ -38,8 +41,9 @@ def add_adapter(model: Any, options: LoadOptions) -> None:
         setattr(holder, model.base_model_prefix, model)
     else:
         holder = model
+    folder = _fetch(name, options)
     try:
-        config = peft.PeftConfig.from_pretrained(name, **options.hub)
+        config = peft.PeftConfig.from_pretrained(folder)
         # The kind of task only adds what PEFT's own generation needs.
         config.task_type = None
         config.inference_mode = True
@@ -48,7 +52,7 @@ def add_adapter(model: Any, options: LoadOptions) -> None:
             if not options.merge_adapter:
                 # It would go on with layers that are split, and an adapter of them that is not.
                 warnings.filterwarnings("error", "TP plan")
-            adapted = peft.PeftModel.from_pretrained(holder, name, config=config, **options.hub)
+            adapted = peft.PeftModel.from_pretrained(holder, folder, config=config)
         if options.merge_adapter:
             if any(map(_is_part, model.parameters())):
                 _merge_into_parts(adapted)
@@ -60,6 +64,31 @@ def add_adapter(model: Any, options: LoadOptions) -> None:
             f"the adapter {name!r} cannot be used with {type(model).__name__}: {error}; give a "
             "PEFT adapter that was made for this model"
         ) from error
+
+
+def _fetch(name: str, options: LoadOptions) -> str:
+    """The folder of an adapter, its own or that of the hub's cache.
+
+    Not by PEFT, which asks the hub for weights even where only local files are to be used.
+    """
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    # The revision of the options is the model's.
+    hub = {place: value for place, value in options.hub.items() if place != "revision"}
+    try:
+        config = hf_hub_download(name, "adapter_config.json", **hub)
+        try:
+            hf_hub_download(name, "adapter_model.safetensors", **hub)
+        except EntryNotFoundError:
+            hf_hub_download(name, "adapter_model.bin", **hub)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the adapter {name!r} is no folder, and cannot be fetched: {error}"
+        ) from error
+    return str(Path(config).parent)
 
 
 def _is_part(weight: torch.Tensor) -> bool:

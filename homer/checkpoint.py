@@ -142,15 +142,14 @@ class FileWatch:
 
     Parameters
     ----------
-    *places : str or Path
-        Folders, files, or model ids, which are watched in the hub's cache.
+    model, *others : str or Path
+        Folders, files, or ids, which are watched in the hub's cache.
     revision : str, optional
-        Of the model ids.
+        The model's, where it is an id.
     """
 
-    def __init__(self, *places: str | Path, revision: str | None = None) -> None:
-        self._places = places
-        self._revision = revision
+    def __init__(self, model: str | Path, *others: str | Path, revision: str | None = None) -> None:
+        self._places = [(model, revision), *((other, None) for other in others)]
         self._before = self._look()
 
     async def changed(self) -> None:
@@ -160,9 +159,9 @@ class FileWatch:
 
     def _look(self) -> list[tuple[str, int, int]]:
         found = []
-        for place in self._places:
+        for place, revision in self._places:
             path = Path(place)
-            folder = None if path.is_file() else model_folder(place, self._revision)
+            folder = None if path.is_file() else model_folder(place, revision)
             files = [path] if path.is_file() else sorted(folder.iterdir()) if folder else []
             for file in files:
                 # It may go between two looks, and so does what a broken link is for.

@@ -133,6 +133,9 @@ def load_model(
 def _arguments(options: LoadOptions, config: Any, target: torch.device) -> dict[str, Any]:
     """What `from_pretrained` is told."""
     arguments: dict[str, Any] = {**options.hub, "dtype": options.dtype}
+    if options.local_files_only:
+        # Else transformers asks the hub, again and again, whether the model is an adapter.
+        arguments["adapter_kwargs"] = {"local_files_only": True}
     if options.attention != "auto":
         arguments["attn_implementation"] = options.attention
     if options.device_map is not None:

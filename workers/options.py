@@ -146,8 +146,8 @@ class WorkerOptions:
 
     def watch_files(self) -> FileWatch:
         """Notices when files that the model is loaded from are others than now."""
-        places = (self.model, self.bias, self.load.adapter)
-        return FileWatch(*filter(None, places), revision=self.load.revision)
+        others = filter(None, (self.bias, self.load.adapter))
+        return FileWatch(self.model, *others, revision=self.load.revision)
 
     @property
     def loading(self) -> LoadOptions:
