@@ -34,6 +34,7 @@ from homer.load_options import FLASH_PACKAGES, LoadOptions
 from homer.load_progress import shown_by_shards
 from homer.quantization import quantization_for
 from homer.shape import load_config
+from homer.stack import decoder_of
 
 _log = logging.getLogger(__name__)
 _STATUS = Path("/proc/self/status")
@@ -167,24 +168,22 @@ def _fill(kind: Any, path_or_id: str | Path, arguments: dict[str, Any]) -> Any:
 
 def _load_lower(path_or_id: str | Path, config: Any, layers: int, arguments: dict[str, Any]) -> Any:
     """The decoder with its lowest `layers`: nothing of the others is read, nor the output head."""
-    every = config.num_hidden_layers if hasattr(config, "num_hidden_layers") else 0
-    if not every:
-        raise ModelError(
-            f"{config.model_type} is more than a decoder; its layers cannot be loaded in part"
-        )
+    lower = copy.deepcopy(config)
+    # Of a model that also sees or hears, its text part.
+    whole, part = (one.get_text_config(decoder=True) for one in (config, lower))
+    every = whole.num_hidden_layers
     if layers >= every:
         raise ConfigError(f"lower_layers is {layers}, but the model has {every}; use less")
-    lower = copy.deepcopy(config)
     # Whatever is listed layer by layer: kinds of attention, rotations.
     listed = {
         name: value
-        for name, value in vars(config).items()
+        for name, value in vars(whole).items()
         if isinstance(value, list) and len(value) == every
     }
-    vars(lower).update({name: value[:layers] for name, value in listed.items()})
-    vars(lower)["num_hidden_layers"] = layers
+    vars(part).update({name: value[:layers] for name, value in listed.items()})
+    vars(part)["num_hidden_layers"] = layers
     with _quiet():
-        model = _fill(AutoModel, path_or_id, {**arguments, "config": lower})
+        model = decoder_of(_fill(AutoModel, path_or_id, {**arguments, "config": lower}))
     vars(model.config).update(listed, num_hidden_layers=every)
     return model
 
