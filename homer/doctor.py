@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from homer.bias import find_bias, load_bias
+from homer.checkpoint import check_generation_config
 from homer.config import HomerConfig
 from homer.cost import PlanCost
 from homer.errors import BiasError, ModelError, PlanError
@@ -87,13 +88,14 @@ def examine_model(
     model_type = "unknown"
     try:
         config = load_config(path_or_id, **hub)
+        check_generation_config(path_or_id, revision)
         model_type = config.get_text_config(decoder=True).model_type
         shape = ModelShape.of(config)
         stack = LayerStack(_build_on_meta(config))
-    except ModelError as error:
+        settings = defaults_for(path_or_id, shape, revision)
+        calibrated, notes = _calibration(path_or_id, revision, stack, settings)
+    except (ModelError, BiasError) as error:
         return ModelReport(str(path_or_id), model_type, supported=False, reason=str(error))
-    settings = defaults_for(path_or_id, shape, revision)
-    calibrated, notes = _calibration(path_or_id, revision, stack, settings)
     memory = None
     try:
         memory = _memory(stack, shape, settings, document_tokens)
@@ -158,10 +160,7 @@ def _calibration(
     file = find_bias(path_or_id, revision)
     if file is None:
         return False, [UNCALIBRATED] if settings.wants_bias else []
-    try:
-        bias = load_bias(file, num_layers=stack.num_layers, hidden_size=stack.hidden_size)
-    except BiasError as error:
-        return False, [str(error)]
+    bias = load_bias(file, num_layers=stack.num_layers, hidden_size=stack.hidden_size)
     chunk = max(settings.max_chunk_len, settings.max_initial_chunk_len or 0)
     if bias.shape[1] < chunk:
         return True, [

@@ -64,8 +64,13 @@ def plan_facts(
     table.add_column()
     leaves = len(plan.leaves)
     add_settings(table, plan.config, shape, sources)
-    table.add_row("score", plan.config.score)
-    if calibrated is not None and plan.config.wants_bias:
+    config = plan.config
+    if config.max_initial_chunk_len is not None:
+        table.add_row("max_initial_chunk_len", f"{config.max_initial_chunk_len:,} tokens")
+    suffix = "run again at the root" if config.refresh_suffix else "averaged at merges"
+    table.add_row("plan", f"{config.plan}; the question is {suffix}")
+    table.add_row("score", config.score)
+    if calibrated is not None and config.wants_bias:
         table.add_row("calibrated", f"by {BIAS_FILE} beside it" if calibrated else UNCALIBRATED)
     table.add_row(
         "prompt",

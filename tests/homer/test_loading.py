@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import pickle
 import shutil
+import sys
+import termios
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
 )
+from transformers.utils.logging import enable_progress_bar
 
 from homer import HomerConfig, HomerModel
 from homer.attention import NodePass
@@ -87,7 +92,7 @@ def composite(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
         "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
     }  # fmt: skip
-    tokens = {"boi_token_index": 90, "eoi_token_index": 91, "image_token_index": 92}
+    tokens: Any = {"boi_token_index": 90, "eoi_token_index": 91, "image_token_index": 92}
     config = Gemma3Config(text_config=text, vision_config=eye, mm_tokens_per_image=4, **tokens)
     torch.manual_seed(0)
     model = Gemma3ForConditionalGeneration(config)
@@ -126,6 +131,27 @@ def test_progress_is_told_by_shards(sharded: Path, caplog: pytest.LogCaptureFixt
     told = [r.getMessage() for r in caplog.records if "loading: shard" in r.getMessage()]
     assert told[-1] == f"loading: shard {shards} of {shards}"
     assert "MiB of weights" in caplog.records[-1].getMessage()
+
+
+def test_on_a_terminal_a_bar_shows_the_shards(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enable_progress_bar()
+    screen, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    with open(terminal, "w") as stderr:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stderr", stderr)
+        load_model(sharded)
+        monkeypatch.undo()
+    # Until there is nothing more; the other end is closed.
+    shown = b""
+    with suppress(OSError):
+        while part := os.read(screen, 1 << 16):
+            shown += part
+    os.close(screen)
+    shards = len(list(sharded.glob("*.safetensors")))
+    assert f"shard {shards} of {shards}" in shown.decode()
+    assert "Loading weights: 100%" in shown.decode()
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:
@@ -245,6 +271,19 @@ def test_weights_in_the_older_format_are_loaded(tmp_path: Path) -> None:
     in_the_older_format(lambda whole: whole)(folder)
     plain = load_model(model_dir("llama3")).state_dict()
     assert all(map(torch.equal, load_model(folder).state_dict().values(), plain.values()))
+
+
+def test_the_doctor_refuses_what_could_not_be_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir("llama3"), folder)
+    assert examine_model(folder).supported
+    for file in ("bias.safetensors", "generation_config.json", "config.json"):
+        whole = (folder / file).read_bytes() if (folder / file).exists() else None
+        (folder / file).write_bytes(b"{")
+        report = examine_model(folder)
+        assert not report.supported
+        assert file in str(report.reason)
+        (folder / file).unlink() if whole is None else (folder / file).write_bytes(whole)
 
 
 def test_a_device_that_is_not_there_is_a_mistake() -> None:

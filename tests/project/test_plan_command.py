@@ -34,8 +34,13 @@ def test_the_table_shows_leaves_levels_layers_tokens_bytes_and_flops() -> None:
         "12 of 32 (3/8 of the layers)",
     ):
         assert text in done.stdout
+    assert "paper; the question is averaged at merges" in done.stdout
     assert "leaf 0 " not in done.stdout
-    assert "leaf 63 " in run_plan("--context-tokens", "65536", "--paper", "--tree").stdout
+    given = ["--context-tokens", "65536", "--max-initial-chunk-len", "1500", "--tree"]
+    other = run_plan(*given).stdout
+    assert "leaf 30 " in other
+    for text in ("1,500 tokens", "balanced; the question is run again at the root"):
+        assert text in other
 
 
 @pytest.mark.parametrize("kind", ["balanced", "paper"])
