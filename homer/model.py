@@ -98,9 +98,9 @@ class HomerModel:
         """Load a model in Hugging Face format.
 
         Without `config`, the settings beside the model or derived from its window are used; without
-        `bias`, the bias file beside the model if there is one. `kwargs` go to
-        `homer.loading.load_model` beside `load`: fields of `LoadOptions`, and what transformers
-        takes beyond.
+        `bias`, the bias file beside the model if there is one. `leaf_batch_size` is that of the
+        class. `kwargs` go to `homer.loading.load_model` beside `load`: fields of `LoadOptions`, and
+        what transformers takes beyond.
         """
         revision = kwargs.get("revision", load.revision if load else None)
         model = load_model(path_or_id, load, **kwargs)
