@@ -366,7 +366,7 @@ def test_the_bias_decides_what_is_kept() -> None:
 def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no config"):
         HomerModel.from_pretrained(tmp_path, MERGES)
-    with pytest.raises(ModelError, match="cannot load the model"):
+    with pytest.raises(ConfigError, match="device is 'nowhere'; use auto, cpu or cuda:N"):
         HomerModel.from_pretrained(model_dir("A"), MERGES, device="nowhere")
     with pytest.raises(ConfigError, match="dtype is 'int3'; use auto, float32"):
         HomerModel.from_pretrained(model_dir("A"), MERGES, dtype="int3")
