@@ -48,7 +48,7 @@ HEALTH_CHECKS = {
 
 @contextmanager
 def ray_nodes(box: Sandbox) -> Iterator[Any]:
-    """A cluster of a head, which has no labels; this process does not join it."""
+    """A cluster with a head that has no room for workers; this process does not join it."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as environment:
@@ -61,7 +61,7 @@ def ray_nodes(box: Sandbox) -> Iterator[Any]:
             initialize_head=True,
             shutdown_at_exit=False,
             head_node_args={
-                "num_cpus": 2,
+                "num_cpus": 0,
                 "include_dashboard": False,
                 "temp_dir": f"{box.folder}/ray",
                 "_system_config": HEALTH_CHECKS,
@@ -236,11 +236,12 @@ def raylet(node: Any) -> int:
     return int(process.process.pid)
 
 
-# Four nodes of Ray and three starts of workers, one after the other.
+# Five nodes of Ray and three starts of workers, one after the other.
 @pytest.mark.timeout(600)
 def test_nodes_are_lost_and_join(text_model: Path) -> None:
     with sandbox() as box, ray_nodes(box) as nodes:
         first, second = (add_node(nodes, number, {"zone": "a"}) for number in (1, 2))
+        add_node(nodes, 3, {})
         options = ["--workers", "2", "--placement", "strict-spread", "--labels", '{"zone": "a"}']
         with served(box, nodes.address, text_model, *options) as (client, _):
             # Each on its own node, and none where the label is not.
@@ -251,10 +252,10 @@ def test_nodes_are_lost_and_join(text_model: Path) -> None:
             (lost,) = (n for n, pid in raylets_of(client).items() if pid == raylet(second))
             nodes.remove_node(second, allow_graceful=False)
             poll(lambda: absent_workers(client) == 1, "the service does not say what it misses")
-            # The head, without the label, stays free.
+            # The node without the label stays free.
             assert lost not in [worker.name for worker in ready_workers(client)]
             assert answer(client) == expected
-            third = add_node(nodes, 3, {"zone": "a"})
+            third = add_node(nodes, 4, {"zone": "a"})
             poll(lambda: f"{lost}.1" in raylets_of(client), "no worker on the new node", 120)
             assert set(raylets_of(client).values()) == {raylet(first), raylet(third)}
             assert answer(client) == expected

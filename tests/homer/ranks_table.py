@@ -1,4 +1,4 @@
-"""`python -m tests.homer.ranks_table`: which models two ranks run, by which engine.
+"""`python -m tests.homer.ranks_table`: which models two ranks split right, by which engine.
 
 Every model of the families' tests, on the CPU: "same" where both ranks keep and answer what one
 process does, else why it is refused. Ends with 1 where a model is run and answers otherwise.
@@ -14,7 +14,7 @@ from homer.engines import Engine
 from tests.homer.families.zoo import MODELS
 from tests.homer.test_parallel import PLAIN, assert_same, in_one_process, run_ranks
 
-ENGINES: tuple[Engine, ...] = ("deepspeed-tp", "transformers-tp", "deepspeed-zero3")
+ENGINES: tuple[Engine, ...] = ("deepspeed-tp", "transformers-tp")
 
 
 def main() -> int:
