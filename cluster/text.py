@@ -28,7 +28,9 @@ def leave_out_torch() -> None:
     For processes that hold no tensors: it saves them seconds and a quarter of a gigabyte. Where
     torch is loaded already nothing changes.
     """
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    # With None there, Python does not find a module, and transformers does without.
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("torch", None)
     # transformers would say that it has no torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

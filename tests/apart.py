@@ -107,3 +107,13 @@ def _across(
         came += reader.feed(decode_frame(packed.message))
     reader.finish()
     return came
+
+
+def assert_same_context(ours: CompressedContext, theirs: CompressedContext) -> None:
+    """To the last bit."""
+    assert torch.equal(ours.context_indices, theirs.context_indices)
+    assert torch.equal(ours.position_ids, theirs.position_ids)
+    assert torch.equal(ours.logits, theirs.logits)
+    for our_rows, their_rows in zip(ours.layers, theirs.layers, strict=True):
+        assert torch.equal(our_rows[0], their_rows[0])
+        assert torch.equal(our_rows[1], their_rows[1])

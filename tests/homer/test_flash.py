@@ -19,6 +19,7 @@ from homer import HomerConfig, HomerModel
 from homer.doctor import examine_model
 from homer.errors import ConfigError, ModelError
 from homer.flash import missing_flash
+from homer.load_options import FLASH_PACKAGES
 from homer.loading import load_model
 from tests.homer.families.zoo import model_dir, prompt
 
@@ -143,21 +144,14 @@ def test_outside_of_homer_flash_attention_is_transformers_own(
     assert model.config._attn_implementation == "flash_attention_2"
 
 
-@pytest.mark.parametrize(
-    ("attention", "package"),
-    [
-        ("flash_attention_2", "flash-attn"),
-        ("flash_attention_3", "flash-attn-3"),
-        ("flash_attention_4", "flash-attn-4"),
-    ],
-)
+@pytest.mark.parametrize("attention", missing_flash())
 def test_flash_attention_that_is_not_here_is_refused_before_weights_are_read(
-    attention: str, package: str, monkeypatch: pytest.MonkeyPatch
+    attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if attention not in missing_flash():
-        pytest.skip(f"{package} is here")
     monkeypatch.setattr("transformers.modeling_utils.safe_open", None)
-    with pytest.raises(ModelError, match=rf"Install {package} on .* or use attention sdpa"):
+    with pytest.raises(
+        ModelError, match=rf"Install {FLASH_PACKAGES[attention]} on .* or use attention sdpa"
+    ):
         load_model(model_dir("llama3"), dtype="bfloat16", attention=attention)
     assert attention not in examine_model(model_dir("llama3")).attentions
 

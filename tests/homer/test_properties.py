@@ -16,7 +16,7 @@ from homer.config import ScoreKind
 from homer.encode import TreeEncoder
 from homer.errors import PlanError, StateError
 from homer.stack import LayerStack
-from tests.apart import run_apart
+from tests.apart import assert_same_context, run_apart
 from tests.homer.tiny import random_ids, tiny_llama
 
 
@@ -124,12 +124,7 @@ def test_any_cut_of_the_tree_over_any_workers_gives_the_same(
     homes = {node.id: random.randrange(workers) for node in plan.nodes}
     stacks = [LayerStack(tiny_llama(prompt.num_layers, prompt.kv_heads))] * workers
     cut = run_apart(stacks, plan, prompt.parts, homes)
-    assert torch.equal(cut.context_indices, whole.context_indices)
-    assert torch.equal(cut.position_ids, whole.position_ids)
-    assert torch.equal(cut.logits, whole.logits)
-    for ours, theirs in zip(cut.layers, whole.layers, strict=True):
-        assert torch.equal(ours[0], theirs[0])
-        assert torch.equal(ours[1], theirs[1])
+    assert_same_context(cut, whole)
 
 
 def test_rows_that_are_missing_or_there_twice_are_an_error() -> None:

@@ -19,7 +19,7 @@ from homer.decode import DecodeCache, decode_step
 from homer.errors import ConfigError
 from homer.families import FAMILIES
 from homer.stack import LayerStack
-from tests.apart import run_apart
+from tests.apart import assert_same_context, run_apart
 from tests.homer.families.descriptions import DESCRIPTIONS
 from tests.homer.families.reference import Node, Reference, State, paper_plan
 from tests.homer.families.zoo import LAYERS, MODELS, load_plain, model_dir, prompt
@@ -154,12 +154,7 @@ def test_models_of_two_workers_equal_one(name: str, config: HomerConfig) -> None
     homes = {node.id: node.id.index % 2 for node in plan.nodes}
     apart = run_apart([here, there], plan, prompt(*LENGTHS), homes)
     whole = compressed(name, config)
-    assert torch.equal(apart.context_indices, whole.context_indices)
-    assert torch.equal(apart.position_ids, whole.position_ids)
-    assert torch.equal(apart.logits, whole.logits)
-    for ours, theirs in zip(apart.layers, whole.layers, strict=True):
-        assert torch.equal(ours[0], theirs[0])
-        assert torch.equal(ours[1], theirs[1])
+    assert_same_context(apart, whole)
 
 
 @cache
